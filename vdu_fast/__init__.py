@@ -1,0 +1,1 @@
+"""Variational diffusion unlearning."""
