@@ -1,0 +1,67 @@
+# `make` lists the targets. Every target sets up what it needs: nothing has to be installed first but Python 3.11 or
+# later (with its venv module), a C++ compiler and make.
+
+# What pip is asked for; a CPU-only build is smaller:
+#   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+PYTEST_FLAGS ?=
+
+# $(call quietly,COMMAND): pip's chatter goes to the log; when it fails, the end of the log is shown.
+quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## create .venv and install the package with what its tests need
+
+demo: install ## forget a handwritten digit and write a report to vdu-fast-demo/
+	@$(BIN)/vdu-fast demo
+
+test: install ## run the tests, without the slow ones
+	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: install ## run all tests
+	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev ## check format, style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## bring all files into the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove .venv and everything that was built
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# A Python that is too old, or a pyenv shim without a Python behind it, is passed over.
+$(VENV)/bin/python:
+	@for candidate in $${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "creating $(VENV) with $$("$$candidate" --version)"; \
+	        rm -rf $(VENV); "$$candidate" -m venv $(VENV); exit 0; \
+	    fi; \
+	done; \
+	echo "No Python 3.11 or later was found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1
+
+# torch comes first and the package is built without isolation, so that it is built against the torch it will run with.
+$(VENV)/.installed: pyproject.toml $(wildcard setup.py) | $(VENV)/bin/python
+	@echo "installing into $(VENV) (log: $(LOG))"
+	@$(call quietly,$(BIN)/python -m pip install --upgrade "setuptools>=77" wheel)
+	@$(call quietly,$(BIN)/python -m pip install $(TORCH))
+	@$(call quietly,$(BIN)/python -m pip install --no-build-isolation -e .[test])
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(call quietly,$(BIN)/python -m pip install --no-build-isolation -e .[dev])
+	@touch $@

@@ -1,0 +1,152 @@
+"""`vdu-fast evaluate`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+
+from vdu_fast.checkpoint import fingerprint, prepare_output
+from vdu_fast.classifier import ImageClassifier
+from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
+from vdu_fast.cli.runtime import load_data, load_model, running
+from vdu_fast.errors import InputError
+from vdu_fast.evaluation import Evaluation, EvaluationConfig, evaluate
+from vdu_fast.pipelines import Denoiser, denoiser_of
+from vdu_fast.progress import ProgressDisplay
+from vdu_fast.report import print_summary, write_report
+
+
+@dataclass
+class EvaluateFiles:
+    """Input and output of `vdu-fast evaluate`.
+
+    Args:
+        before: pipeline folder of the original model.
+        after: pipeline folder of the unlearned model.
+        data: labelled real pictures, all classes: "digits", a folder of class sub-folders, an IDX folder or an .npz.
+        forget: name or number of the forgotten class.
+        output: folder for report.html, metrics.json and pictures.
+        classifier: the classifier's file; read when it exists, otherwise one is trained and written there.
+        device: where the models run; "auto" takes CUDA where there is one.
+        overwrite: accept an output folder that is not empty.
+        resize: bring every picture to N x N pixels first.
+        image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
+    """
+
+    before: str
+    after: str
+    data: str
+    forget: str
+    output: str
+    classifier: str | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    resize: int | None = None
+    image_channels: int | None = None
+
+
+def build_parser() -> CommandParser:
+    parser = command_parser(
+        "evaluate", "Measure what a model forgot and what that cost, beside references, and write a report."
+    )
+    names = {"before": "DIR", "after": "DIR", "output": "DIR", "data": "DATA", "forget": "CLASS", "classifier": "FILE"}
+    parser.add_settings(EvaluateFiles, "input and output", **names)
+    parser.add_settings(EvaluationConfig, "how it is measured")
+    parser.add_settings(CommonOptions, "how it runs")
+    parser.set_usage()
+    return parser
+
+
+def run(arguments: Namespace, command: list[str]) -> int:
+    files, config = take(EvaluateFiles, arguments), take(EvaluationConfig, arguments)
+    began = time.perf_counter()
+    output = prepare_output(files.output, overwrite=files.overwrite, resume=False, owned="")
+    with running(take(CommonOptions, arguments)) as display:
+        before, after = (
+            _model(path, flag, files.device) for path, flag in ((files.before, "before"), (files.after, "after"))
+        )
+        unlearned = read_unlearning(Path(files.after), after, display)
+        evaluation = _evaluate(files, config, before, after, display)
+        if _judged_by_its_filter(files, unlearned):
+            evaluation.metrics["warnings"].append(
+                f"the classifier {files.classifier} also filtered the replay bank of this run: it judges its own work. "
+                "Name another file with --classifier, and one is trained."
+            )
+    seconds = dict(unlearned.get("seconds", {})) | {"evaluate": time.perf_counter() - began}
+    metrics = write_report(
+        output,
+        evaluation=evaluation,
+        settings=unlearned.get("settings", {}) | {"evaluation": asdict(config)},
+        seed=unlearned.get("settings", {}).get("seed", config.seed),
+        seconds=seconds | {"total": sum(seconds.values())},
+        history=unlearned.get("history"),
+    )
+    print_summary(metrics, Console())
+    print(f"The report is in {output / 'report.html'}.")
+    return 0
+
+
+def _model(path: str, flag: str, device: str) -> Denoiser:
+    denoiser = denoiser_of(load_model(path, flag))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser.module.to(device)
+    return denoiser
+
+
+def _evaluate(
+    files: EvaluateFiles, config: EvaluationConfig, before: Denoiser, after: Denoiser, display: ProgressDisplay
+) -> Evaluation:
+    how = {"resize": files.resize, "channels": files.image_channels}
+    train = load_data(files.data, split="train", **how)  # type: ignore[arg-type]
+    heldout = load_data(files.data, split="heldout", **how)  # type: ignore[arg-type]
+    path = Path(files.classifier) if files.classifier is not None else None
+    known = path is not None and path.is_file()
+    evaluation = evaluate(
+        before,
+        after,
+        train=train,
+        heldout=heldout,
+        forget=train.class_index(files.forget),
+        config=config,
+        classifier=ImageClassifier.load(path) if path is not None and known else None,
+        progress=display.update,
+    )
+    if path is not None and not known:
+        evaluation.classifier.save(path)
+    return evaluation
+
+
+def read_unlearning(folder: Path, after: Denoiser, display: ProgressDisplay) -> dict[str, Any]:
+    """What `unlearn` recorded beside its pipeline (settings, seconds, history), or nothing.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    path = folder / "unlearn.json"
+    if not path.is_file():
+        display.warn(f"{path} does not exist, so the report has no loss curves, settings or times of the unlearning.")
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"--after: {path} is not readable JSON ({error}). Remove it, or unlearn again.") from error
+    if record.get("weights") != fingerprint(after.module):
+        display.warn(f"{path} is of other weights than the pipeline beside it, so the report leaves it out.")
+        return {}
+    return record
+
+
+def _judged_by_its_filter(files: EvaluateFiles, unlearned: dict[str, Any]) -> bool:
+    filtered_by = unlearned.get("inputs", {}).get("filter_classifier")
+    if filtered_by is None or files.classifier is None:
+        return False
+    return hashlib.sha256(Path(files.classifier).read_bytes()).hexdigest() == filtered_by["sha256"]

@@ -1,0 +1,146 @@
+"""`vdu-fast unlearn`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from vdu_fast.checkpoint import write_json_atomic
+from vdu_fast.classifier import ImageClassifier
+from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
+from vdu_fast.cli.runtime import Interruption, load_forget_images, load_model, report_interruption, running
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.errors import InputError
+from vdu_fast.progress import unlearning_observers
+from vdu_fast.unlearner import STATE_FILE, UnlearnResult, unlearn
+
+
+@dataclass
+class UnlearnFiles:
+    """Input and output of `vdu-fast unlearn`.
+
+    Args:
+        model: pipeline folder of the trained model; it is only read.
+        posterior: posterior file, from `vdu-fast pretrain` or `vdu-fast posterior`.
+        forget: pictures of what must go: "digits:3", a folder of pictures, a folder of class sub-folders, an IDX folder
+            or an .npz, the last three with ":CLASS" at the end. Of labelled data the training split is used.
+        output: folder for the new pipeline and unlearn.json.
+        bank: replay bank file; read when it exists, otherwise made and written there for the next request.
+        filter_classifier: with --bank_filter classifier, the classifier's file (`vdu-fast evaluate --classifier` writes
+            one; judge the result with another).
+        forget_label: with --filter_classifier, name or number of the class that must go.
+        overwrite: accept an output folder that is not empty.
+        resume: go on with the interrupted run in the output folder.
+        resize: bring every picture to N x N pixels first.
+        image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
+    """
+
+    model: str
+    posterior: str
+    forget: str
+    output: str
+    bank: str | None = None
+    filter_classifier: str | None = None
+    forget_label: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+    resize: int | None = None
+    image_channels: int | None = None
+
+
+def build_parser() -> CommandParser:
+    parser = command_parser("unlearn", "Make a trained diffusion model forget what the given pictures show.")
+    names = {
+        "posterior": "FILE",
+        "bank": "FILE",
+        "filter_classifier": "FILE",
+        "forget": "DATA",
+        "forget_label": "CLASS",
+    }
+    parser.add_settings(UnlearnFiles, "input and output", model="DIR", output="DIR", **names)
+    parser.add_settings(UnlearnConfig, "method")
+    parser.add_settings(CommonOptions, "how it runs")
+    parser.set_usage()
+    return parser
+
+
+def run(arguments: Namespace, command: list[str]) -> int:
+    files, config = take(UnlearnFiles, arguments), take(UnlearnConfig, arguments)
+    classifier, label = _filter_classifier(files, config)
+    try:
+        with running(take(CommonOptions, arguments)) as display, Interruption(display) as interruption:
+            pipeline = load_model(files.model, "model")
+            images = load_forget_images(files.forget, resize=files.resize, channels=files.image_channels)
+            display.say(f"forgetting what {len(images)} images of {files.forget} show")
+            result = unlearn(
+                pipeline,
+                images,
+                posterior=files.posterior,
+                config=config,
+                bank=files.bank,
+                classifier=classifier,
+                forget_label=label,
+                output=files.output,
+                overwrite=files.overwrite,
+                resume=files.resume,
+                observers=unlearning_observers(display, config, poll=interruption.poll),
+            )
+    except KeyboardInterrupt:
+        return report_interruption(command, Path(files.output), STATE_FILE)
+    _record_inputs(files)
+    _print_result(files, result)
+    return 0
+
+
+def _filter_classifier(files: UnlearnFiles, config: UnlearnConfig) -> tuple[ImageClassifier | None, int | None]:
+    """The classifier of --bank_filter classifier and its label of the unwanted class."""
+    given = files.filter_classifier is not None, files.forget_label is not None
+    if config.bank_filter != "classifier":
+        if any(given):
+            raise InputError(
+                f"--filter_classifier and --forget_label go with --bank_filter classifier, not {config.bank_filter}. "
+                "Add it, or leave them out."
+            )
+        return None, None
+    if not all(given):
+        raise InputError(
+            "--bank_filter classifier needs both --filter_classifier FILE and --forget_label CLASS. Give them, or use "
+            "--bank_filter positive_unlabelled, which needs neither."
+        )
+    assert files.filter_classifier is not None
+    assert files.forget_label is not None
+    classifier = ImageClassifier.load(files.filter_classifier)
+    names = classifier.class_names
+    if files.forget_label in names:
+        return classifier, names.index(files.forget_label)
+    if files.forget_label.isdecimal() and int(files.forget_label) < len(names):
+        return classifier, int(files.forget_label)
+    raise InputError(
+        f"--forget_label {files.forget_label} is no class of the classifier; choose one of {', '.join(names)}."
+    )
+
+
+def _record_inputs(files: UnlearnFiles) -> None:
+    """Add to unlearn.json what the run was given, so that `evaluate` knows which classifier must not judge it."""
+    path = Path(files.output) / "unlearn.json"
+    inputs: dict[str, Any] = {"model": files.model, "posterior": files.posterior, "forget": files.forget}
+    if files.filter_classifier is not None:
+        digest = hashlib.sha256(Path(files.filter_classifier).read_bytes()).hexdigest()
+        inputs["filter_classifier"] = {"path": files.filter_classifier, "sha256": digest}
+    write_json_atomic(path, json.loads(path.read_text()) | {"inputs": inputs})
+
+
+def _print_result(files: UnlearnFiles, result: UnlearnResult) -> None:
+    seconds = ", ".join(f"{name} {value:.1f}s" for name, value in result.seconds.items())
+    print(f"Done after {result.steps} steps: {result.stopped_because} ({seconds}).")
+    print(f"Wrote the pipeline to {files.output}. To measure what it forgot and what it kept:")
+    data, _, label = files.forget.partition(":")
+    print(
+        f"  vdu-fast evaluate --before {files.model} --after {files.output} --data {data} "
+        f"--forget {label or 'CLASS'} --output DIR"
+    )

@@ -1,0 +1,142 @@
+"""The settings of unlearning: one definition that Python, command-line flags and YAML files share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vdu_fast.errors import InputError
+from vdu_fast.objective import ObjectiveReduction, Saturation
+from vdu_fast.optim import Family, OptimizerName
+from vdu_fast.schedule import TimestepWeighting
+
+BankFilter = Literal["positive_unlabelled", "classifier", "none"]
+
+
+@dataclass
+class UnlearnConfig:
+    """Settings of `unlearn` and `vdu-fast unlearn`.
+
+    Args:
+        family: "mean_only" moves the mean of q and evaluates the network there; "mean_field" evaluates it at samples
+            theta = mu + sigma n.
+        learn_std: under "mean_field", let log sigma move too; otherwise q keeps the posterior's sigma.
+        samples_per_step: weight samples averaged per step under "mean_field".
+        optimizer: "natural_adam" (Adam in whitened coordinates), "natural" (natural gradient), "natural_sign", or
+            "adam" (plain Adam, which ignores the posterior and needs a rate like 1e-4).
+        learning_rate: in posterior standard deviations per step for the natural rules, in weight units for "adam".
+        momentum: of "natural" and "natural_sign".
+        steps: optimizer steps at most; a guard may stop earlier.
+        batch_size: forget images per step.
+        replay_batch_size: replayed states per step.
+        accumulate: minibatches averaged into one step.
+        gamma: weight of the parameter-space term B against the forget term, in [0, 1).
+        replay_weight: lambda, weight of the function-space term B_f; 0 turns the replay bank off.
+        reduction: "mean" or "sum"; decides what gamma and lambda mean (see vdu_fast.objective).
+        weighting: C_t, "simple" or "elbo".
+        timestep_window: [low, high) of timesteps on which the forget term acts; null is all.
+        saturation: how the forget term lets go: "hinge" at hinge_ratio, "npo" softly, or "none" (unbounded).
+        hinge_ratio: under "hinge", a sample is let go when its error reaches this multiple of the starting forget loss.
+        npo_beta: under "npo", in units of 1 / starting forget loss.
+        target_ratio: stop when the forget loss on a fixed batch with fixed noise reaches this multiple of its start.
+        trust_region: the forget term acts only while B per parameter is below this.
+        max_gradient_norm: clip the gradient, in the coordinates of the optimizer, to this norm.
+        rollback: end with the checked state whose objective on the fixed batch is best, not with the last one.
+        trainable: shell patterns over parameter names; the rest of the model is left untouched.
+        sharpen: power p of the posterior's metric, sigma <- sigma^p / rms(sigma)^(p - 1); 1 leaves it as it is.
+        center: mu*, the "model"'s own weights or the "posterior"'s mean.
+        replay_samples: trajectories in a new bank.
+        replay_sampler_steps: sampler steps of a new bank.
+        replay_states: states kept of each trajectory.
+        bank_filter: how the unwanted is kept out of the bank: "positive_unlabelled" needs nothing but the forget
+            images, "classifier" uses one you give, "none" keeps everything.
+        feature_module: name of the submodule whose output the positive_unlabelled filter reads; null finds mid_block.
+        max_dropped: the filter may drop at most this share of the bank.
+        check_every: steps between measurements on the fixed batch.
+        check_size: size of that batch.
+        save_every: steps between saves of the state that --resume needs.
+        precision: "float32" or "bfloat16" (autocast of the network).
+        device: "auto" takes CUDA where there is one.
+        seed: of batches, timesteps, noise and the bank.
+    """
+
+    family: Family = "mean_only"
+    learn_std: bool = False
+    samples_per_step: int = 1
+    optimizer: OptimizerName = "natural_adam"
+    learning_rate: float = 0.02
+    momentum: float = 0.0
+    steps: int = 200
+    batch_size: int = 64
+    replay_batch_size: int = 64
+    accumulate: int = 1
+    gamma: float = 0.05
+    replay_weight: float = 5.0
+    reduction: ObjectiveReduction = "mean"
+    weighting: TimestepWeighting = "simple"
+    timestep_window: tuple[int, int] | None = None
+    saturation: Saturation = "hinge"
+    hinge_ratio: float = 4.0
+    npo_beta: float = 1.0
+    target_ratio: float | None = None
+    trust_region: float | None = None
+    max_gradient_norm: float | None = None
+    rollback: bool = False
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    sharpen: float = 1.0
+    center: Literal["model", "posterior"] = "model"
+    replay_samples: int = 1000
+    replay_sampler_steps: int = 50
+    replay_states: int = 10
+    bank_filter: BankFilter = "positive_unlabelled"
+    feature_module: str | None = None
+    max_dropped: float = 0.5
+    check_every: int = 10
+    check_size: int = 256
+    save_every: int = 25
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < 1:
+            raise InputError(
+                f"gamma must be in [0, 1), got {self.gamma}: 0 leaves the forget term alone, near 1 nothing is forgotten."
+            )
+        for name in (
+            "samples_per_step",
+            "steps",
+            "batch_size",
+            "replay_batch_size",
+            "accumulate",
+            "replay_samples",
+            "replay_sampler_steps",
+            "replay_states",
+            "check_every",
+            "check_size",
+            "save_every",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "hinge_ratio", "npo_beta", "target_ratio", "trust_region", "max_gradient_norm", "sharpen"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a positive number, got {value}.")
+        if self.target_ratio is not None and self.target_ratio <= 1:
+            raise InputError(f"target_ratio must be above 1, the forget loss at the start, got {self.target_ratio}.")
+        if not (math.isfinite(self.replay_weight) and self.replay_weight >= 0):
+            raise InputError(f"replay_weight must be 0 or a positive number, got {self.replay_weight}.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum must be in [0, 1), got {self.momentum}.")
+        if not 0 < self.max_dropped < 1:
+            raise InputError(f"max_dropped must be between 0 and 1, got {self.max_dropped}.")
+        if self.learn_std and self.family != "mean_field":
+            raise InputError("learn_std needs family mean_field: under mean_only q has a fixed standard deviation.")
+        if self.samples_per_step > 1 and self.family != "mean_field":
+            raise InputError("samples_per_step above 1 needs family mean_field: under mean_only all samples are equal.")
+        if self.timestep_window is not None:
+            self.timestep_window = (int(self.timestep_window[0]), int(self.timestep_window[1]))
+            if not 0 <= self.timestep_window[0] < self.timestep_window[1]:
+                raise InputError(f"timestep_window must be [low, high) with 0 <= low < high, got {self.timestep_window}.")
+        self.trainable = list(self.trainable)

@@ -1,0 +1,189 @@
+"""Is this installation sound, and what does it run on? The answers behind `vdu-fast doctor`."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+from vdu_fast import ops, rng
+from vdu_fast.demo import shipped_model
+from vdu_fast.errors import InputError
+
+PACKAGES = (
+    "vdu_fast",
+    "torch",
+    "triton",
+    "diffusers",
+    "numpy",
+    "safetensors",
+    "torchmetrics",
+    "scikit-learn",
+    "pillow",
+    "matplotlib",
+    "jsonargparse",
+    "rich",
+)
+
+# Known answers published with Random123: (counter, key, output).
+PHILOX_ANSWERS = (
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+# SHA-256 of the 4,096 float32 normals of seed 0, little-endian. They must not differ between machines.
+NORMALS_DIGEST = "5b419ed56cdfeb7591986bf53a7d441a9e8f9f5132c82927274a5ca7d48083cd"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A faster implementation of the ops than the torch reference.
+
+    Attributes:
+        name: as in VDU_FAST_BACKEND.
+        module: what holds it.
+        device: the device type whose tensors it serves.
+        needs: a package that must be installed too, or None.
+    """
+
+    name: str
+    module: str
+    device: str
+    needs: str | None = None
+
+    def absence(self) -> str | None:
+        """Why it cannot serve, or None when it can."""
+        if find_spec(self.module) is None:
+            return f"{self.module} is not installed"
+        if self.needs is not None and find_spec(self.needs) is None:
+            return f"{self.module} needs {self.needs}, which is not installed"
+        return None
+
+
+# Fastest first.
+BACKENDS = (
+    Backend("cuda", "vdu_fast._C_cuda", "cuda"),
+    Backend("triton", "vdu_fast.kernels", "cuda", needs="triton"),
+    Backend("cpu", "vdu_fast._C_cpu", "cpu"),
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The backend that an op takes on a device, and why no faster one."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check by name, whether it passed, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter; "not installed" where one is absent."""
+    found = {"python": f"{platform.python_version()} on {platform.platform()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> dict[str, str]:
+    """Every device that torch sees, with what there is to know about it."""
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    found = {"cpu": threads}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gigabytes = properties.total_memory / 2**30
+        found[f"cuda:{index}"] = f"{properties.name}, {gigabytes:.0f} GiB, sm_{properties.major}{properties.minor}"
+    return found
+
+
+def op_names() -> list[str]:
+    """The public ops: the functions defined in vdu_fast.ops."""
+    functions = inspect.getmembers(ops, inspect.isfunction)
+    return [name for name, value in functions if value.__module__ == ops.__name__ and not name.startswith("_")]
+
+
+def routes() -> list[Route]:
+    """For every op and kind of device: the backend and the reason."""
+    kinds = sorted({name.partition(":")[0] for name in devices()})
+    result = []
+    for kind in kinds:
+        candidates = [backend for backend in BACKENDS if backend.device == kind]
+        absences = [reason for backend in candidates if (reason := backend.absence()) is not None]
+        usable = [backend.name for backend in candidates if backend.absence() is None]
+        chosen, reason = (usable[0], "") if usable else ("reference", "; ".join(absences))
+        result += [Route(op, kind, chosen, reason) for op in op_names()]
+    return result
+
+
+def checks() -> list[Check]:
+    """Run every self-check; none raises."""
+    named: list[tuple[str, Callable[[], str]]] = [
+        ("random words", _check_words),
+        ("random normals", _check_normals),
+        ("shipped model", _check_shipped_model),
+    ]
+    result = []
+    for name, check in named:
+        try:
+            result.append(Check(name, True, check()))
+        except (AssertionError, InputError) as error:
+            result.append(Check(name, False, str(error)))
+    return result
+
+
+def _check_words() -> str:
+    for counter, key, expected in PHILOX_ANSWERS:
+        words = rng.philox4x32_10(tuple(torch.tensor([word]) for word in counter), key)
+        came = tuple(int(word) for word in words)
+        if came != expected:
+            raise AssertionError(
+                f"Philox4x32-10 of {counter} under {key} gave {came}, the published answer is {expected}"
+            )
+    return f"Philox4x32-10 gives the {len(PHILOX_ANSWERS)} published answers"
+
+
+def _check_normals() -> str:
+    normals = rng.standard_normal(4096, 0)
+    words = rng.random_words(4096, 0).double().reshape(-1, 2, 2)
+    radius = ((((words[..., 0] / 512).floor() + 0.5) / 2**23).log() * -2).sqrt()
+    angle = 2 * math.pi * ((words[..., 1] / 256).floor() - 2**21) / 2**24
+    exact = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).reshape(-1)
+    error = float((normals.double() - exact).abs().max())
+    if not error < 2e-6:
+        raise AssertionError(f"normals differ from Box-Muller in float64 by {error:.1e}")
+    digest = hashlib.sha256(normals.numpy().astype("<f4").tobytes()).hexdigest()
+    if digest != NORMALS_DIGEST:
+        raise AssertionError(
+            f"the bits of 4,096 normals hash to {digest[:16]}..., other machines give {NORMALS_DIGEST[:16]}...: runs "
+            "of this machine cannot be repeated elsewhere bit for bit"
+        )
+    return f"4,096 normals have the bits of every other machine (error {error:.0e} against float64)"
+
+
+def _check_shipped_model() -> str:
+    return f"checksums match in {shipped_model()}"

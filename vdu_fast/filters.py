@@ -1,0 +1,200 @@
+"""Keeping what must go out of the replay bank: by a given classifier, or from the forget images alone.
+
+What is left of the unwanted in the bank is what the function-space term teaches the model to keep, so this decides how
+completely it is forgotten. What is dropped by mistake only makes the bank smaller, as long as it is not much.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vdu_fast.errors import InputError
+from vdu_fast.pipelines import Denoiser
+
+logger = logging.getLogger(__name__)
+
+# Clean enough to show what is drawn, deep enough into the noise levels that the middle block sees the whole of it.
+FEATURE_LEVELS = (0.05, 0.15, 0.30)
+ROUNDS = 3
+LOGISTIC_C = 0.003
+# Held-out forget images further than this many (robust) standard deviations below their median are given up.
+TOLERANCE = 3.5
+
+
+@dataclass
+class FilterReport:
+    """What a filter did.
+
+    Attributes:
+        method: "positive_unlabelled", "classifier" or "none".
+        total: replayed images looked at.
+        dropped: how many were dropped.
+        estimated_share: the filter's own estimate of the unwanted share of the bank, None where it makes none.
+        limited: whether max_dropped kept the filter from dropping all it suspected.
+    """
+
+    method: str
+    total: int
+    dropped: int
+    estimated_share: float | None = None
+    limited: bool = False
+
+    def describe(self) -> str:
+        """One line for people."""
+        line = f"filter {self.method}: dropped {self.dropped} of {self.total} replayed images"
+        if self.estimated_share is not None:
+            line += f", estimated share of the unwanted {100 * self.estimated_share:.1f}%"
+        if self.limited:
+            line += "; it suspected more than max_dropped allows, so some of the unwanted may be left"
+        return line
+
+
+def classifier_filter(images: Tensor, classifier: nn.Module, forget_label: int) -> tuple[Tensor, FilterReport]:
+    """Drop the images that a classifier assigns to the forgotten class, or gives it a probability of 5% or more.
+
+    Args:
+        images: float32 [N, C, H, W] in [-1, 1].
+        classifier: maps images [B, C, H, W] to logits [B, classes].
+        forget_label: index of the forgotten class.
+
+    Returns:
+        bool [N], true where the image stays, and the report.
+    """
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    with torch.no_grad():
+        logits = torch.cat([classifier(chunk.to(device)).float().cpu() for chunk in images.split(500)])
+    if not 0 <= forget_label < logits.shape[1]:
+        raise InputError(f"forget_label must be in [0, {logits.shape[1]}), the classes of the classifier, got {forget_label}.")
+    unwanted = logits.softmax(dim=1)[:, forget_label] >= 0.05
+    unwanted |= logits.argmax(dim=1) == forget_label
+    share = float((logits.argmax(dim=1) == forget_label).float().mean())
+    return ~unwanted, FilterReport("classifier", len(images), int(unwanted.sum()), share)
+
+
+def positive_unlabelled_filter(
+    denoiser: Denoiser,
+    bank_images: Tensor,
+    forget_images: Tensor,
+    *,
+    feature_module: str | None = None,
+    max_dropped: float = 0.5,
+) -> tuple[Tensor, FilterReport]:
+    """Drop the replayed images that look like the forget images to the network itself.
+
+    Features are channel means and standard deviations of the network's middle block. A logistic regression of the
+    forget images (positive) against the bank (unlabelled) scores the bank; it is cross-fitted over the two halves of
+    the forget images, so that each is also scored by a fit that did not see it. Twice the share of the bank above the
+    held-out median estimates how much of the bank is unwanted; that many of the best-scored bank images join the
+    positives, the doubtful are left out of the negatives, and the fit is repeated: otherwise it learns to tell real
+    images from drawn ones. The threshold is the held-out median minus `TOLERANCE` robust standard deviations.
+
+    Args:
+        denoiser: the model before unlearning.
+        bank_images: float32 [N, C, H, W], drawn by it.
+        forget_images: float32 [M, C, H, W], M >= 8.
+        feature_module: name of the submodule to read; None takes `mid_block`.
+        max_dropped: at most this share of the bank is dropped, the best-scored first.
+
+    Returns:
+        bool [N], true where the image stays, and the report.
+
+    Raises:
+        InputError: too few forget images, or no such submodule.
+    """
+    if len(forget_images) < 8:
+        raise InputError(
+            f"the positive_unlabelled filter needs at least 8 forget images, got {len(forget_images)}. Give more, or use "
+            "bank_filter 'classifier', or 'none' if the model hardly ever draws what must go."
+        )
+    module = find_feature_module(denoiser.module, feature_module)
+    bank = middle_features(denoiser, bank_images, module)
+    forget = middle_features(denoiser, forget_images, module)
+    both = torch.cat([bank, forget])
+    mean, std = both.mean(dim=0), both.std(dim=0).clamp_min(1e-6)
+    scores, held_out, share = _score((bank - mean) / std, (forget - mean) / std)
+    median = held_out.median()
+    spread = 1.4826 * (held_out - median).abs().median()
+    suspected = scores >= median - TOLERANCE * spread
+    limit = int(max_dropped * len(bank))
+    limited = int(suspected.sum()) > limit
+    if limited:
+        suspected = torch.zeros_like(suspected)
+        suspected[scores.topk(limit).indices] = True
+    report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), share, limited)
+    return ~suspected, report
+
+
+def _score(bank: Tensor, forget: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Bank scores [N], held-out scores of the forget images [M], estimated unwanted share of the bank."""
+    halves = torch.arange(len(forget)) % 2 == 0
+    positives, negatives = bank[:0], bank
+    for _ in range(ROUNDS):
+        first, held_second = _fit_and_score(torch.cat([forget[halves], positives]), negatives, bank, forget[~halves])
+        second, held_first = _fit_and_score(torch.cat([forget[~halves], positives]), negatives, bank, forget[halves])
+        scores, held_out = (first + second) / 2, torch.cat([held_second, held_first])
+        share = min(1.0, 2 * float((scores >= held_out.median()).double().mean()))
+        order = scores.argsort(descending=True)
+        positives = bank[order[: int(share / 2 * len(bank))]]
+        negatives = bank[order[int(min(0.5, 2 * share) * len(bank)) :]]
+    return scores, held_out, share
+
+
+def _fit_and_score(positive: Tensor, negative: Tensor, bank: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    from sklearn.linear_model import LogisticRegression
+
+    labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).numpy()
+    # Balanced: the two sets have nothing to do with the frequencies of the classes.
+    model = LogisticRegression(C=LOGISTIC_C, class_weight="balanced", max_iter=500)
+    model.fit(torch.cat([positive, negative]).numpy(), labels)
+    both = torch.from_numpy(model.decision_function(torch.cat([bank, held_out]).numpy()))
+    return both[: len(bank)], both[len(bank) :]
+
+
+def find_feature_module(network: nn.Module, name: str | None) -> nn.Module:
+    """The named submodule, or `mid_block`; InputError with what to do when there is none."""
+    modules = dict(network.named_modules())
+    if name is None and "mid_block" in modules:
+        return modules["mid_block"]
+    if name is not None and name in modules:
+        return modules[name]
+    some = ", ".join([n for n in modules if n and n.count(".") == 0][:8])
+    raise InputError(
+        f"feature_module {name!r}: the network has no such submodule. Name one whose output is [B, F, ...] and that "
+        f"sees the whole image (top level: {some}), or use bank_filter 'classifier' or 'none'."
+    )
+
+
+def middle_features(denoiser: Denoiser, images: Tensor, module: nn.Module, *, batch_size: int = 500) -> Tensor:
+    """Channel means and standard deviations of a submodule's output, float64 [N, 2 F len(FEATURE_LEVELS)].
+
+    The images are scaled as at each noise level but no noise is added: that makes the features sharper.
+    """
+    grabbed: list[Tensor] = []
+
+    def grab(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        grabbed.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = module.register_forward_hook(grab)
+    rows = []
+    try:
+        with denoiser.evaluating():
+            for chunk in images.split(batch_size):
+                x0 = chunk.to(denoiser.device, denoiser.dtype)
+                for level in FEATURE_LEVELS:
+                    t = torch.full((len(x0),), int(level * len(denoiser.schedule)), device=x0.device)
+                    denoiser.predict(denoiser.schedule.add_noise(x0, torch.zeros_like(x0), t), t)
+                rows.append(torch.cat([_pool(output) for output in grabbed], dim=1))
+                grabbed.clear()
+    finally:
+        handle.remove()
+    return torch.cat(rows)
+
+
+def _pool(output: Tensor) -> Tensor:
+    flat = output.double().cpu().flatten(2) if output.ndim > 2 else output.double().cpu().unsqueeze(2)
+    return torch.cat([flat.mean(dim=2), flat.std(dim=2, correction=0)], dim=1)

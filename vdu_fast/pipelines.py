@@ -1,0 +1,129 @@
+"""From diffusers folders to what unlearning needs of them (network, schedule, image shape), and back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdu_fast.checkpoint import replacing_folder
+from vdu_fast.errors import InputError
+from vdu_fast.schedule import NoiseSchedule
+
+SUPPORTED = "unconditional pixel-space pipelines with a UNet2DModel (DDPMPipeline, DDIMPipeline and the like)"
+
+
+class Denoiser:
+    """A network that maps (x_t, timesteps) to a prediction, together with its noise schedule.
+
+    Args:
+        module: any nn.Module called as module(x_t, timesteps); returns a tensor, or an object or tuple whose first
+            field (`sample`) is one. An output of twice the channels is read as (prediction, learned variance).
+        scheduler: the diffusers scheduler it was trained with, or a NoiseSchedule.
+        sample_shape: (C, H, W) of one image.
+    """
+
+    def __init__(self, module: nn.Module, scheduler: Any, sample_shape: tuple[int, int, int]) -> None:
+        self.module = module
+        self.scheduler = scheduler
+        self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
+        self.sample_shape = sample_shape
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """The network's prediction, of the shape of x_t [B, C, H, W], for schedule indices timesteps int64 [B]."""
+        output = self.module(x_t.to(self.dtype), self.schedule.model_timesteps(timesteps))
+        if not isinstance(output, Tensor):
+            output = output.sample if hasattr(output, "sample") else output[0]
+        if output.shape[1] == 2 * x_t.shape[1]:
+            output = output[:, : x_t.shape[1]]
+        return output
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off and no autograd inside the block; the module's mode is put back after it."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+
+def load_pipeline(path: Path | str) -> Any:
+    """Load a diffusers pipeline folder from the disk, safetensors only.
+
+    Raises:
+        InputError: the folder is missing, is no pipeline, holds only pickled weights, or is conditional.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"--model {path} does not exist or is not a folder; give a folder written by save_pretrained.")
+    if not (path / "model_index.json").is_file():
+        raise InputError(
+            f"--model {path} has no model_index.json, so it is no diffusers pipeline. Write one with "
+            "DDPMPipeline(unet=..., scheduler=...).save_pretrained(folder), or `vdu-fast pretrain`."
+        )
+    import diffusers
+
+    # diffusers reports a progress bar and optional packages through its logger; neither is for our users.
+    diffusers.utils.logging.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    _refuse_conditional(diffusers.DiffusionPipeline.load_config(str(path), local_files_only=True), path)
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        pickled = [*path.rglob("*.bin"), *path.rglob("*.ckpt"), *path.rglob("*.pt")]
+        if pickled and not list(path.rglob("*.safetensors")):
+            raise InputError(
+                f"--model {path} holds only pickled weights ({pickled[0].name}), which can run code when loaded. "
+                "Convert them where you trust them: pipeline.save_pretrained(folder, safe_serialization=True)."
+            ) from error
+        raise InputError(f"--model {path} could not be loaded by diffusers: {str(error).splitlines()[0]}") from error
+    denoiser_of(pipeline)
+    return pipeline
+
+
+def _refuse_conditional(index: dict[str, Any], path: Path) -> None:
+    parts = {name for name, value in index.items() if isinstance(value, list | tuple) and value[0] is not None}
+    extra = sorted(parts - {"unet", "scheduler"})
+    if "unet" not in parts or extra:
+        raise InputError(
+            f"--model {path} is a {index.get('_class_name', 'pipeline')} with {', '.join(extra or sorted(parts))}, "
+            f"which is conditional or works in a latent space. Supported: {SUPPORTED}."
+        )
+
+
+def denoiser_of(pipeline: Any) -> Denoiser:
+    """The Denoiser of a loaded pipeline; InputError when it is conditional."""
+    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    if unet is None or scheduler is None:
+        raise InputError(f"{type(pipeline).__name__} has no unet and scheduler. Supported: {SUPPORTED}.")
+    config = unet.config
+    conditional = getattr(config, "num_class_embeds", None) or getattr(config, "class_embed_type", None)
+    if conditional or hasattr(config, "cross_attention_dim"):
+        raise InputError(f"{type(pipeline).__name__} has a conditional {type(unet).__name__}. Supported: {SUPPORTED}.")
+    size = config.sample_size
+    if size is None:
+        raise InputError("the unet's config has no sample_size; set it to the size of the images it was trained on.")
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return Denoiser(unet, scheduler, (config.in_channels, height, width))
+
+
+def save_pipeline(pipeline: Any, path: Path) -> None:
+    """Write a pipeline into `path`; a crash leaves the old files or the new ones."""
+    with replacing_folder(path) as staged:
+        pipeline.save_pretrained(str(staged), safe_serialization=True)

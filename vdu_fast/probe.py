@@ -1,0 +1,65 @@
+"""Measurements on fixed images with fixed noise, so that two of them differ only by the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdu_fast.objective import per_sample_error
+from vdu_fast.pipelines import Denoiser
+from vdu_fast.replay import ReplayBank
+from vdu_fast.rng import Stream, batch_indices, standard_normal
+
+
+class NoisePredictionProbe:
+    """The mean squared prediction error on a fixed batch of (x_0, t, eps).
+
+    Timesteps are spread evenly, which makes the estimate steadier than random ones.
+
+    Args:
+        denoiser: gives schedule and device.
+        images: float [N, C, H, W]; used again from the start when `size` exceeds N.
+        size: samples in the batch; below 256 the measure is too noisy to stop by.
+        seed: of the choice of images and noise.
+        window: [low, high) of timesteps, None for all.
+        weights: C_t, [T].
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: Tensor,
+        *,
+        size: int,
+        seed: int,
+        weights: Tensor,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        low, high = window or (0, len(denoiser.schedule))
+        self.denoiser = denoiser
+        self.timesteps = (low + (torch.arange(size) * 2 + 1) * (high - low) // (2 * size)).to(denoiser.device)
+        x0 = images[batch_indices(len(images), size, 0, seed, stream=Stream.PROBE)].to(denoiser.device)
+        eps = standard_normal(x0.shape, seed, stream=Stream.PROBE).to(denoiser.device)
+        self.x_t = denoiser.schedule.add_noise(x0, eps, self.timesteps)
+        self.target = denoiser.schedule.target(x0, eps, self.timesteps)
+        self.weight = weights[self.timesteps.cpu()].to(denoiser.device, torch.float32)
+
+    def error(self) -> Tensor:
+        """Per-sample weighted error with the weights as they are now, float [size]."""
+        with self.denoiser.evaluating():
+            return per_sample_error(self.denoiser.predict(self.x_t, self.timesteps), self.target, self.weight)
+
+
+class ReplayProbe:
+    """The mean squared distance to the old predictions on a fixed batch of the replay bank."""
+
+    def __init__(self, denoiser: Denoiser, bank: ReplayBank, *, size: int, seed: int, weights: Tensor) -> None:
+        self.denoiser = denoiser
+        x_t, timesteps, target = bank.batch(min(size, len(bank)), 0, seed ^ 0x5EED)
+        self.x_t, self.timesteps, self.target = (v.to(denoiser.device) for v in (x_t, timesteps, target))
+        self.weight = weights[timesteps].to(denoiser.device, torch.float32)
+
+    def error(self) -> Tensor:
+        """Per-sample weighted distance with the weights as they are now, float [size]."""
+        with self.denoiser.evaluating():
+            return per_sample_error(self.denoiser.predict(self.x_t, self.timesteps), self.target, self.weight)

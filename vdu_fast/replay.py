@@ -1,0 +1,139 @@
+"""The replay bank: what the model drew before unlearning, and what it predicted on the way.
+
+Sampling the old model passes through states x_t at which it made predictions; both are kept, so that the function-space
+term needs neither real data nor a copy of the old network. A bank belongs to one model and serves every request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vdu_fast.checkpoint import fingerprint, load_tensors, save_tensors
+from vdu_fast.errors import InputError
+from vdu_fast.pipelines import Denoiser
+from vdu_fast.rng import Stream, batch_indices, randint, random_words
+from vdu_fast.sampling import sample_images
+
+
+@dataclass
+class ReplayBank:
+    """N trajectories of the old model, S states of each.
+
+    Attributes:
+        images: float32 [N, C, H, W], the finished samples.
+        x_t: float [N, S, C, H, W], states on the way.
+        timesteps: int64 [N, S], their schedule indices.
+        predictions: float [N, S, C, H, W], what the old model predicted there.
+        made_from: fingerprint of the model, and the sampler's settings.
+    """
+
+    images: Tensor
+    x_t: Tensor
+    timesteps: Tensor
+    predictions: Tensor
+    made_from: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def keep(self, mask: Tensor) -> ReplayBank:
+        """The bank with only the trajectories where `mask`, bool [N], is true."""
+        return ReplayBank(
+            self.images[mask], self.x_t[mask], self.timesteps[mask], self.predictions[mask], dict(self.made_from)
+        )
+
+    def batch(self, size: int, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """States, timesteps and old predictions of minibatch `step`: every trajectory once before any comes again."""
+        rows = batch_indices(len(self), size, step, seed, stream=Stream.REPLAY_BATCH)
+        state = randint(self.x_t.shape[1], size, seed, step, stream=Stream.REPLAY_NOISE)
+        return self.x_t[rows, state], self.timesteps[rows, state], self.predictions[rows, state]
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file, atomically."""
+        tensors = {name: getattr(self, name) for name in ("images", "x_t", "timesteps", "predictions")}
+        save_tensors(path, tensors, {"format": "vdu_fast.replay.1", "made_from": json.dumps(self.made_from)})
+
+    @classmethod
+    def load(cls, path: Path | str) -> ReplayBank:
+        """Read what `save` wrote; InputError when the file is something else."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != "vdu_fast.replay.1":
+            raise InputError(f"--bank {path} is not a replay bank; remove it or name another file to have one made.")
+        return cls(**tensors, made_from=json.loads(metadata["made_from"]))
+
+    def check_fits(self, denoiser: Denoiser, path: Path | str = "the bank") -> None:
+        """InputError unless this bank was drawn from exactly this model."""
+        if self.made_from["model"] != fingerprint(denoiser.module):
+            raise InputError(
+                f"{path} was drawn from a model with other weights. A bank serves only the model it was made from: "
+                "name another file to have a new one made."
+            )
+
+
+def build_bank(
+    denoiser: Denoiser,
+    count: int,
+    *,
+    sampler_steps: int = 50,
+    states: int = 10,
+    seed: int = 0,
+    batch_size: int = 250,
+    first: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ReplayBank:
+    """Sample the model `count` times and keep `states` random states of each trajectory.
+
+    Args:
+        denoiser: the model before unlearning.
+        count: number of trajectories.
+        sampler_steps: network evaluations per trajectory.
+        states: how many of these are kept, one at random from each of `states` equal stretches of the trajectory.
+        seed, batch_size, first, progress: see `sample_images`.
+    """
+    if not 1 <= states <= sampler_steps:
+        raise InputError(f"replay_states must be between 1 and the {sampler_steps} sampler steps, got {states}.")
+    shape = denoiser.sample_shape
+    x_t = torch.empty((count, states, *shape))
+    predictions = torch.empty_like(x_t)
+    timesteps = torch.empty((count, states), dtype=torch.int64)
+    chosen = _chosen_steps(count, sampler_steps, states, seed, first)
+    seen: dict[int, int] = {}
+
+    def keep(rows: slice, t: Tensor, state: Tensor, prediction: Tensor) -> None:
+        now = seen.get(rows.start, 0)
+        seen[rows.start] = now + 1
+        inside, slot = (chosen[rows] == now).nonzero(as_tuple=True)
+        x_t[rows.start + inside, slot] = state.cpu().float()[inside]
+        predictions[rows.start + inside, slot] = prediction.cpu().float()[inside]
+        timesteps[rows.start + inside, slot] = t.cpu()[inside]
+
+    images = sample_images(
+        denoiser,
+        count,
+        steps=sampler_steps,
+        seed=seed,
+        batch_size=batch_size,
+        first=first,
+        observer=keep,
+        progress=progress,
+    )
+    made_from = {
+        "model": fingerprint(denoiser.module),
+        "sampler_steps": str(sampler_steps),
+        "states": str(states),
+        "seed": str(seed),
+    }
+    return ReplayBank(images, x_t, timesteps, predictions, made_from)
+
+
+def _chosen_steps(count: int, sampler_steps: int, states: int, seed: int, first: int) -> Tensor:
+    """Which sampler steps are kept: int64 [count, states], one per stretch of the trajectory."""
+    edges = torch.arange(states + 1) * sampler_steps // states
+    words = random_words(count * states, seed, 0, stream=Stream.REPLAY_NOISE, offset=first * states)
+    return edges[:-1] + (words.reshape(count, states) * (edges[1:] - edges[:-1]) >> 32)

@@ -1,0 +1,102 @@
+"""Drawing images deterministically: image i is a function of the seed, i, the sampler and the number of steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdu_fast.errors import InputError
+from vdu_fast.pipelines import Denoiser
+from vdu_fast.rng import Stream, standard_normal
+
+# Called after every network evaluation with (sample indices, schedule indices [B], x_t, prediction).
+StepObserver = Callable[[slice, Tensor, Tensor, Tensor], None]
+
+
+def sampler_for(denoiser: Denoiser, steps: int) -> Any:
+    """A deterministic diffusers scheduler for this model: DDIM with eta = 0, or Euler for flow matching."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    schedule, scheduler = denoiser.schedule, denoiser.scheduler
+    if not 1 <= steps <= len(schedule):
+        raise InputError(f"sampler steps must be between 1 and the model's {len(schedule)} timesteps, got {steps}.")
+    if schedule.prediction_type == "velocity":
+        given = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        sampler: Any = copy.deepcopy(scheduler) if given else FlowMatchEulerDiscreteScheduler(len(schedule))
+    elif schedule.alphas_cumprod is None:
+        raise InputError(
+            "sampling needs a diffusers scheduler or NoiseSchedule.from_alphas_cumprod(...): from signal and noise "
+            "alone no sampler follows."
+        )
+    else:
+        sampler = DDIMScheduler.from_config(
+            getattr(scheduler, "config", {}),
+            num_train_timesteps=len(schedule),
+            prediction_type=schedule.prediction_type,
+        )
+        # diffusers takes what a scheduler was given without keywords for defaults, and from_config drops those.
+        sampler.alphas_cumprod = schedule.alphas_cumprod.float()
+        if not sampler.config.set_alpha_to_one:
+            sampler.final_alpha_cumprod = sampler.alphas_cumprod[0]
+    sampler.set_timesteps(steps)
+    return sampler
+
+
+def sample_images(
+    denoiser: Denoiser,
+    count: int,
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 250,
+    first: int = 0,
+    observer: StepObserver | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw the images numbered first .. first + count - 1.
+
+    Image i starts from the same noise whatever `count`, `first` and `batch_size` are, so runs can be compared image by
+    image; batch sizes change the result by float rounding only.
+
+    Args:
+        denoiser: the model.
+        count: number of images.
+        steps: network evaluations per image.
+        seed: chooses the starting noise.
+        batch_size: images per network call.
+        first: number of the first image.
+        observer: sees every (x_t, prediction) on the way.
+        progress: called with the number of images finished after each batch.
+
+    Returns:
+        float32 [count, C, H, W] on the CPU, clipped to [-1, 1].
+    """
+    images = torch.empty((count, *denoiser.sample_shape))
+    numel = images[0].numel() if count else 0
+    with denoiser.evaluating():
+        for start in range(0, count, batch_size):
+            rows = slice(start, min(start + batch_size, count))
+            shape = (rows.stop - rows.start, *denoiser.sample_shape)
+            offset = (first + start) * numel
+            x_t = standard_normal(shape, seed, stream=Stream.SAMPLER, offset=offset).to(denoiser.device, denoiser.dtype)
+            x_0 = _denoise(denoiser, sampler_for(denoiser, steps), x_t, rows, observer)
+            images[rows] = x_0.float().cpu().clamp_(-1, 1)
+            if progress is not None:
+                progress(shape[0])
+    return images
+
+
+def _denoise(denoiser: Denoiser, sampler: Any, x_t: Tensor, rows: slice, observer: StepObserver | None) -> Tensor:
+    flow = denoiser.schedule.prediction_type == "velocity"
+    for timestep in sampler.timesteps:
+        index = timestep.round().long() - 1 if flow else timestep
+        timesteps = index.to(x_t.device).expand(len(x_t))
+        prediction = denoiser.predict(x_t, timesteps)
+        if observer is not None:
+            observer(rows, timesteps, x_t, prediction)
+        x_t = sampler.step(prediction, timestep, x_t).prev_sample
+    return x_t

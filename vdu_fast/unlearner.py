@@ -1,0 +1,314 @@
+"""`unlearn`: from a pipeline, forget images and a posterior to a pipeline that no longer draws them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdu_fast.checkpoint import fingerprint, load_tensors, prepare_output, save_tensors, write_json_atomic
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.data import ImageSet, check_fits
+from vdu_fast.errors import InputError
+from vdu_fast.filters import FilterReport, classifier_filter, positive_unlabelled_filter
+from vdu_fast.pipelines import Denoiser, denoiser_of, save_pipeline
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.unlearning import UnlearningRun
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "resume/unlearn.safetensors"
+BANK_FILE = "resume/bank.safetensors"
+
+OnStep = Callable[[dict[str, Any]], None]
+OnSample = Callable[[int], None]
+
+
+@dataclass
+class UnlearnResult:
+    """What `unlearn` gives back.
+
+    Attributes:
+        model: the pipeline or module that was given, now with the new weights.
+        steps: optimizer steps done; `weights_from_step` is the step whose weights were kept.
+        stopped_because: the reason in words.
+        history: one record per step.
+        filter_report: what the filter kept and dropped, or None without a bank.
+        seconds: of "bank", "filter", "unlearn".
+        config: the settings used.
+    """
+
+    model: Any
+    steps: int
+    weights_from_step: int
+    stopped_because: str
+    history: list[dict[str, float]]
+    filter_report: FilterReport | None
+    seconds: dict[str, float]
+    config: UnlearnConfig
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the model, ready for JSON."""
+        return {
+            "steps": self.steps,
+            "weights_from_step": self.weights_from_step,
+            "stopped_because": self.stopped_because,
+            "filter": asdict(self.filter_report) if self.filter_report else None,
+            "seconds": self.seconds,
+            "settings": asdict(self.config),
+            "history": self.history,
+        }
+
+
+@dataclass
+class Observers:
+    """Callbacks of a run; each may be None.
+
+    Attributes:
+        on_step: called after each step with its record and `images_per_second`.
+        on_sample: called with the number of new replay trajectories.
+        on_message: called with one line about what was decided.
+    """
+
+    on_step: OnStep | None = None
+    on_sample: OnSample | None = None
+    on_message: Callable[[str], None] | None = None
+
+    def say(self, message: str) -> None:
+        logger.info(message)
+        if self.on_message is not None:
+            self.on_message(message)
+
+
+@dataclass
+class _Job:
+    """The checked inputs of one call."""
+
+    model: Any
+    denoiser: Denoiser
+    images: Tensor
+    posterior: GaussianPosterior
+    config: UnlearnConfig
+    observers: Observers
+    output: Path | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def unlearn(
+    model: Any,
+    forget_images: Tensor | ImageSet,
+    *,
+    posterior: GaussianPosterior | str | Path,
+    config: UnlearnConfig | None = None,
+    scheduler: Any = None,
+    bank: ReplayBank | str | Path | None = None,
+    classifier: nn.Module | None = None,
+    forget_label: int | None = None,
+    retained_images: Tensor | None = None,
+    output: Path | str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    observers: Observers | None = None,
+) -> UnlearnResult:
+    """Make a diffusion model forget what the given images show, and keep the rest.
+
+    Args:
+        model: a diffusers pipeline (see `vdu_fast.pipelines.SUPPORTED`), or any nn.Module called as
+            module(x_t, timesteps); a module needs `scheduler`. Changed in place.
+        forget_images: float [N, C, H, W] in [-1, 1], of the size the model draws.
+        posterior: over the model's parameters, or the file that holds it.
+        config: settings; None is the default recipe.
+        scheduler: diffusers scheduler or NoiseSchedule, for a bare module only.
+        bank: a replay bank of this model, or a file: read when it exists, otherwise written there. None makes one.
+        classifier: for bank_filter "classifier": maps images [B, C, H, W] to logits [B, classes]. Never judge the
+            result with the same classifier.
+        forget_label: the class index that `classifier` gives to what must go.
+        retained_images: only measured, for the history; never trained on.
+        output: folder for the new pipeline, unlearn.json and, while it runs, the state for `resume`.
+        overwrite, resume: see `vdu_fast.checkpoint.prepare_output`.
+        observers: progress callbacks.
+
+    Returns:
+        The result; `result.model` is `model`, ready for `save_pretrained`.
+
+    Raises:
+        InputError: anything unusable in the above, or a loss that is not finite (the last good weights are kept in
+            `model`, and in `output` when given).
+    """
+    config = config or UnlearnConfig()
+    job = _check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
+    if output is not None:
+        job.output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
+    elif resume:
+        raise InputError("resume needs the output folder of the interrupted run.")
+    report = None
+    kept: ReplayBank | None = None
+    if config.replay_weight > 0:
+        whole = _obtain_bank(job, bank)
+        kept, report = _filter_bank(job, whole, classifier, forget_label)
+    run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
+    reason = _drive(run, job, resume=resume)
+    step = run.finish()
+    result = UnlearnResult(model, run.step_number, step, reason, run.history, report, job.seconds, config)
+    if job.output is not None:
+        _write(result, job)
+    return result
+
+
+def _check_inputs(
+    model: Any,
+    forget_images: Tensor | ImageSet,
+    posterior: GaussianPosterior | str | Path,
+    config: UnlearnConfig,
+    scheduler: Any,
+    observers: Observers,
+) -> _Job:
+    images = forget_images.images if isinstance(forget_images, ImageSet) else forget_images
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"forget_images must be a float tensor [N, C, H, W] with N >= 1, got {shape}.")
+    if not images.isfinite().all() or images.abs().max() > 1.001:
+        raise InputError("forget_images must lie in [-1, 1]; scale 8-bit images by x / 127.5 - 1.")
+    if isinstance(model, nn.Module):
+        if scheduler is None:
+            raise InputError("a bare module needs scheduler=..., the diffusers scheduler it was trained with.")
+        denoiser = Denoiser(model, scheduler, tuple(images.shape[1:]))  # type: ignore[arg-type]
+    else:
+        denoiser = denoiser_of(model)
+    channels, height, width = denoiser.sample_shape
+    named = forget_images if isinstance(forget_images, ImageSet) else ImageSet(images, None, (), "forget_images")
+    check_fits(named, sample_size=(height, width), channels=channels, argument="forget")
+    if not isinstance(posterior, GaussianPosterior):
+        posterior = GaussianPosterior.load(posterior)
+    posterior.check_fits({n: p for n, p in denoiser.module.named_parameters() if n in posterior.std} or {"?": images})
+    cuda = config.device == "auto" and torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu" if config.device == "auto" else config.device
+    denoiser.module.to(device)
+    return _Job(model, denoiser, images.float(), posterior, config, observers, None)
+
+
+def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
+    if isinstance(bank, ReplayBank):
+        bank.check_fits(job.denoiser, "bank")
+        return bank
+    path = Path(bank) if bank is not None else job.output / BANK_FILE if job.output is not None else None
+    if path is not None and path.is_file():
+        existing = ReplayBank.load(path)
+        existing.check_fits(job.denoiser, f"--bank {path}")
+        return existing
+    config, began = job.config, time.perf_counter()
+    job.observers.say(f"drawing {config.replay_samples} images from the model for the replay bank")
+    made = build_bank(
+        job.denoiser,
+        config.replay_samples,
+        sampler_steps=config.replay_sampler_steps,
+        states=config.replay_states,
+        seed=config.seed,
+        progress=job.observers.on_sample,
+    )
+    job.seconds["bank"] = time.perf_counter() - began
+    if path is not None:
+        made.save(path)
+    return made
+
+
+def _filter_bank(
+    job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
+) -> tuple[ReplayBank, FilterReport]:
+    config, began = job.config, time.perf_counter()
+    if config.bank_filter == "classifier":
+        if classifier is None or forget_label is None:
+            raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
+        keep, report = classifier_filter(bank.images, classifier, forget_label)
+    elif config.bank_filter == "positive_unlabelled":
+        keep, report = positive_unlabelled_filter(
+            job.denoiser,
+            bank.images,
+            job.images,
+            feature_module=config.feature_module,
+            max_dropped=config.max_dropped,
+        )
+    else:
+        keep, report = torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
+    job.seconds["filter"] = time.perf_counter() - began
+    kept = int(keep.sum())
+    job.observers.say(report.describe())
+    if kept < config.replay_batch_size:
+        raise InputError(
+            f"the filter left {kept} of {len(bank)} replayed images, fewer than replay_batch_size "
+            f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
+        )
+    return bank.keep(keep), report
+
+
+def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
+    """Take steps until a guard says stop, saving the state on the way."""
+    config = job.config
+    state_file = job.output / STATE_FILE if job.output is not None else None
+    identity = _identity(run, job)
+    if resume:
+        assert state_file is not None
+        state, metadata = load_tensors(state_file)
+        if metadata["identity"] != identity:
+            raise InputError(
+                f"--resume: {state_file} is of a run with another model, posterior, forget data or settings. Give the "
+                "same ones, or start anew with --overwrite."
+            )
+        run.load_state_dict(state)
+
+    def save() -> None:
+        if state_file is not None:
+            save_tensors(state_file, run.state_dict(), {"identity": identity})
+
+    began, first = time.perf_counter(), run.step_number
+    reason = run.stop_reason() if run.history else None
+    if not run.history:
+        save()
+    try:
+        while reason is None:
+            record = run.step()
+            reason = run.stop_reason()
+            if run.step_number % config.save_every == 0 and reason is None:
+                save()
+            if job.observers.on_step is not None:
+                per_step = config.batch_size * config.accumulate * config.samples_per_step
+                rate = per_step * (run.step_number - first) / (time.perf_counter() - began)
+                job.observers.on_step(record | {"total": config.steps, "images_per_second": rate})
+    except (KeyboardInterrupt, InputError):
+        save()
+        run.write_mean()
+        run.arena.release()
+        raise
+    job.seconds["unlearn"] = time.perf_counter() - began
+    return reason
+
+
+def _identity(run: UnlearningRun, job: _Job) -> str:
+    """A digest of all that decides the course of a run, so that a resumed one cannot silently become another."""
+    digest = hashlib.sha256(json.dumps(asdict(job.config), sort_keys=True).encode())
+    for tensor in (run.weights.center, run.weights.prior_std, job.images):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    if run.bank is not None:
+        digest.update(run.bank.images.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(result: UnlearnResult, job: _Job) -> None:
+    assert job.output is not None
+    if isinstance(job.model, nn.Module):
+        save_tensors(job.output / "model.safetensors", job.model.state_dict())
+    else:
+        save_pipeline(job.model, job.output)
+    record = result.record() | {"weights": fingerprint(job.denoiser.module), "forget_images": len(job.images)}
+    write_json_atomic(job.output / "unlearn.json", record)
+    shutil.rmtree(job.output / "resume", ignore_errors=True)

@@ -1,0 +1,289 @@
+"""One unlearning run: its state, its step and its guards. `vdu_fast.unlearner` drives it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdu_fast.arena import Arena
+from vdu_fast.checkpoint import uninterrupted
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.errors import InputError
+from vdu_fast.objective import ascent_loss, forget_scale, per_sample_error, regularizer_scale
+from vdu_fast.optim import UpdateRule, VariationalWeights
+from vdu_fast.pipelines import Denoiser
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.probe import NoisePredictionProbe, ReplayProbe
+from vdu_fast.replay import ReplayBank
+from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
+
+
+class UnlearningRun:
+    """Minimises L = -(1 - gamma) A + gamma B + lambda B_f over q; everything random is a function of (seed, step).
+
+    Args:
+        denoiser: the model; its trainable parameters move into an arena until `finish`.
+        forget_images: float32 [N, C, H, W] in [-1, 1].
+        posterior: over at least the trainable parameters.
+        bank: the filtered replay bank, or None when replay_weight is 0.
+        config: the settings.
+        retained_images: measured at every check and used for nothing else.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        forget_images: Tensor,
+        posterior: GaussianPosterior,
+        bank: ReplayBank | None,
+        config: UnlearnConfig,
+        *,
+        retained_images: Tensor | None = None,
+    ) -> None:
+        self.denoiser, self.images, self.bank, self.config = denoiser, forget_images, bank, config
+        total = len(denoiser.schedule)
+        self.window = config.timestep_window or (0, total)
+        if self.window[1] > total:
+            raise InputError(f"timestep_window {self.window} goes beyond the model's {total} timesteps.")
+        self.timestep_weights = denoiser.schedule.timestep_weights(config.weighting)
+        # Dropout would draw from a generator that no resumed run can restore.
+        self._training = denoiser.module.training
+        denoiser.module.eval()
+        self.arena = Arena(denoiser.module, config.trainable)
+        try:
+            self.weights = self._variational_weights(posterior)
+        except InputError:
+            self.release()
+            raise
+        self._scales()
+        probe: dict[str, Any] = {"size": config.check_size, "seed": config.seed, "weights": self.timestep_weights}
+        self.forget_probe = NoisePredictionProbe(denoiser, forget_images, window=self.window, **probe)
+        self.replay_probe = ReplayProbe(denoiser, bank, **probe) if bank is not None else None
+        self.retained_probe = (
+            NoisePredictionProbe(denoiser, retained_images, **probe) if retained_images is not None else None
+        )
+        self.write_mean()
+        self.start_error = float(self.forget_probe.error().mean())
+        self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
+        self.step_number = 0
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[float, int, Tensor] | None = None
+        self._last_good = self.weights.z.clone()  # the last z at which a finite loss was seen
+
+    def _variational_weights(self, posterior: GaussianPosterior) -> VariationalWeights:
+        config = self.config
+        posterior.check_fits(self.arena.named_shapes())
+        std = self.arena.flatten(posterior.std)
+        if config.sharpen != 1:
+            rms = std.square().mean().sqrt()
+            std = std * (std / rms) ** (config.sharpen - 1)
+        center = self.arena.theta.to(self.arena.state_dtype, copy=True)
+        if config.center == "posterior":
+            if posterior.mean is None:
+                raise InputError(
+                    "center 'posterior' needs a posterior with a mean, this one has none; use center 'model'."
+                )
+            center = self.arena.flatten(posterior.mean)
+        rule = UpdateRule(config.optimizer, config.learning_rate, config.momentum)
+        return VariationalWeights(center, std, rule, family=config.family, learn_std=config.learn_std)
+
+    def _scales(self) -> None:
+        config = self.config
+        elements = math.prod(self.denoiser.sample_shape)
+        self.forget_scale = forget_scale(
+            config.reduction, images=len(self.images), timesteps=self.window[1] - self.window[0], elements=elements
+        )
+        self.replay_scale = forget_scale(
+            config.reduction, images=1, timesteps=len(self.denoiser.schedule), elements=elements
+        )
+        self.kl_weight = config.gamma * regularizer_scale(config.reduction, self.arena.numel)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step, which Ctrl-C cannot cut in two; returns what it measured.
+
+        Raises:
+            InputError: a loss or gradient is not finite; the last weights that gave a finite loss are kept.
+        """
+        with uninterrupted():
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
+        config = self.config
+        grad_z = torch.zeros_like(self.weights.z)
+        grad_std = torch.zeros_like(grad_z) if self.weights.log_std is not None else None
+        kl = float(self.weights.kl())
+        forgetting = config.trust_region is None or kl / self.arena.numel < config.trust_region
+        totals: dict[str, float] = {}
+        passes = config.samples_per_step * config.accumulate
+        for number in range(passes):
+            draw = self.step_number * passes + number
+            self._write(self.weights.sample(config.seed, draw))
+            losses, grad = self._network_gradient(draw, forgetting=forgetting)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value / passes
+            grad_z.add_(self.weights.whitened_gradient(grad, self.kl_weight), alpha=1 / passes)
+            if grad_std is not None:
+                gradient = self.weights.std_gradient(grad, self.kl_weight, config.seed, draw)
+                grad_std.add_(gradient, alpha=1 / passes)
+        totals["loss"] += self.kl_weight * kl
+        norm = float(grad_z.norm())
+        if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+            raise self._not_finite(f"the loss became {totals['loss']} (gradient norm {norm})", self.step_number + 1)
+        self._last_good.copy_(self.weights.z)
+        if config.max_gradient_norm is not None and norm > config.max_gradient_norm:
+            grad_z.mul_(config.max_gradient_norm / norm)
+        self.weights.step(grad_z, grad_std)
+        self.step_number += 1
+        record = {"step": float(self.step_number), **totals, "penalty": kl / self.arena.numel, "gradient_norm": norm}
+        if self.step_number % config.check_every == 0 or self.step_number == config.steps:
+            checked = self._check()
+            if not all(math.isfinite(value) for value in checked.values()):
+                self.step_number -= 1
+                raise self._not_finite(f"the measurements on the fixed batch became {checked}", self.step_number + 1)
+            record |= checked
+        self.history.append(record)
+        return record
+
+    def _not_finite(self, what: str, step: int) -> InputError:
+        """Go back to the last weights that gave a finite loss, and the error that says so."""
+        # Not to the present ones: they are what the loss is no longer finite at.
+        self.weights.z.copy_(self._last_good)
+        self.write_mean()
+        return InputError(
+            f"{what} at step {step}; the last weights with a finite loss are kept. Lower learning_rate, or bound the "
+            "forget term with saturation 'hinge'."
+        )
+
+    def _network_gradient(self, draw: int, *, forgetting: bool) -> tuple[dict[str, float], Tensor]:
+        """Losses and dL/dtheta of the terms that pass through the network, at the weights in the arena."""
+        config, device = self.config, self.denoiser.device
+        x_t, timesteps, target = self._forget_batch(draw)
+        forget = len(x_t)
+        if self.bank is not None:
+            # One network call for both halves: at these sizes a call costs more than its samples.
+            replay = tuple(v.to(device) for v in self.bank.batch(config.replay_batch_size, draw, config.seed))
+            x_t, timesteps, target = (torch.cat(pair) for pair in zip((x_t, timesteps, target), replay, strict=True))
+        weight = self.timestep_weights[timesteps.cpu()].to(device, torch.float32)
+        reference = None
+        if config.saturation == "npo":
+            reference = self._reference_error(x_t[:forget], timesteps[:forget], target[:forget], weight[:forget])
+        self.arena.zero_grad()
+        error = per_sample_error(self._predict(x_t, timesteps), target, weight)
+        ascent = ascent_loss(
+            error[:forget],
+            config.saturation,
+            limit=config.hinge_ratio * self.start_error,
+            beta=config.npo_beta / self.start_error,
+            reference=reference,
+        )
+        loss = (1 - config.gamma) * self.forget_scale * ascent if forgetting else 0 * ascent
+        measured = {"forget_loss": float(error[:forget].detach().mean())}
+        if self.bank is not None:
+            distance = error[forget:].mean()
+            loss = loss + config.replay_weight * self.replay_scale * distance
+            measured["replay_loss"] = float(distance.detach())
+        loss.backward()
+        return {"loss": float(loss.detach()), **measured}, self.arena.grad.to(self.arena.state_dtype)
+
+    def _predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.denoiser.predict(x_t, timesteps)
+
+    def _forget_batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, schedule, device = self.config, self.denoiser.schedule, self.denoiser.device
+        rows = batch_indices(len(self.images), config.batch_size, draw, config.seed)
+        x0 = self.images[rows].to(device)
+        low, high = self.window
+        timesteps = randint(high, len(x0), config.seed, draw, low=low, stream=Stream.TIMESTEPS).to(device)
+        eps = standard_normal(x0.shape, config.seed, draw, stream=Stream.IMAGE_NOISE, device=device)
+        return schedule.add_noise(x0, eps, timesteps), timesteps, schedule.target(x0, eps, timesteps)
+
+    def _reference_error(self, x_t: Tensor, timesteps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """The errors of the model before unlearning, by putting mu* into the arena for one call."""
+        now = self.arena.theta.clone()
+        self._write(self.weights.center)
+        with torch.no_grad():
+            error = per_sample_error(self._predict(x_t, timesteps), target, weight)
+        self._write(now)
+        return error
+
+    def _check(self) -> dict[str, float]:
+        """Measure on the fixed batches and remember the best state."""
+        config = self.config
+        self.write_mean()
+        error = self.forget_probe.error()
+        checked = {"forget_ratio": float(error.mean()) / self.start_error}
+        bounded = error.clamp(max=config.hinge_ratio * self.start_error).mean()
+        objective = -(1 - config.gamma) * self.forget_scale * float(bounded) + self.kl_weight * float(self.weights.kl())
+        if self.replay_probe is not None:
+            checked["replay_check"] = float(self.replay_probe.error().mean())
+            objective += config.replay_weight * self.replay_scale * checked["replay_check"]
+        if self.retained_probe is not None and self.start_retained:
+            checked["retained_ratio"] = float(self.retained_probe.error().mean()) / self.start_retained
+        checked["objective"] = objective
+        if config.rollback and (self.best is None or objective < self.best[0]):
+            self.best = (objective, self.step_number, self.weights.z.clone())
+        return checked
+
+    def stop_reason(self) -> str | None:
+        """Why the run is over after the latest step, or None."""
+        config, record = self.config, self.history[-1]
+        ratio = record.get("forget_ratio")
+        if config.target_ratio is not None and ratio is not None and ratio >= config.target_ratio:
+            return f"forget loss reached {ratio:.2f} x its start (target_ratio {config.target_ratio})"
+        if self.step_number >= config.steps:
+            return f"all {config.steps} steps done"
+        return None
+
+    def _write(self, weights: Tensor) -> None:
+        with torch.no_grad():
+            self.arena.theta.copy_(weights)
+
+    def write_mean(self) -> None:
+        """Put the mean of q into the network."""
+        self._write(self.weights.mean)
+
+    def finish(self) -> int:
+        """Leave the final (or, with rollback, the best) mean in the network; returns the step it is from."""
+        step = self.step_number
+        if self.config.rollback and self.best is not None:
+            _, step, z = self.best
+            self.weights.z.copy_(z)
+        self.write_mean()
+        self.release()
+        return step
+
+    def release(self) -> None:
+        """Give the parameters storage of their own again, and the module its mode."""
+        self.arena.release()
+        self.denoiser.module.train(self._training)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors that restore the run exactly, given the same model, data, bank and config."""
+        state = self.weights.state_dict()
+        state["step"] = torch.tensor(self.step_number)
+        state["history"] = torch.frombuffer(bytearray(json.dumps(self.history).encode()), dtype=torch.uint8)
+        if self.best is not None:
+            state["best"] = torch.tensor(self.best[:2], dtype=torch.float64)
+            state["best_z"] = self.best[2]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        self.weights.load_state_dict(state)
+        self._last_good.copy_(self.weights.z)
+        self.step_number = int(state["step"])
+        self.history = json.loads(bytes(state["history"].tolist()))
+        if "best" in state:
+            objective, step = state["best"].tolist()
+            self.best = (objective, int(step), state["best_z"].clone())
+
+    def summary(self) -> dict[str, Any]:
+        """The last measurements, for logs and reports."""
+        checked = [record for record in self.history if "forget_ratio" in record]
+        return dict(checked[-1]) if checked else {}
