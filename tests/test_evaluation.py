@@ -240,8 +240,9 @@ def test_bad_input(classifier: ImageClassifier) -> None:
         run(heldout=replace(HELDOUT, labels=None))
     with pytest.raises(InputError, match="heldout: quadrants has the classes a, b, c, d"):
         run(heldout=replace(HELDOUT, class_names=("a", "b", "c", "d")))
-    with pytest.raises(InputError, match="classifier: knows the classes"):
-        run(classifier=ImageClassifier(1, (8, 8), ("a", "b")))
+    for other in (ImageClassifier(1, (8, 8), ("a", "b")), ImageClassifier(1, (9, 8), TRAIN.class_names)):
+        with pytest.raises(InputError, match="classifier: made for"):
+            run(classifier=other)
     with pytest.raises(InputError, match=r"after: images are \(3, 8, 8\)"):
         run(after=Denoiser(model.module, SCHEDULE, (3, 8, 8)))
     with pytest.raises(InputError, match=r"train: images are \(1, 16, 16\).*--resize"):

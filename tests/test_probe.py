@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from tiny import TinyDenoiser
+from torch import nn
 
 from vdu_fast.pipelines import Denoiser
-from vdu_fast.probe import NoisePredictionProbe, ReplayProbe
+from vdu_fast.probe import NoisePredictionProbe, ReplayProbe, error_curve
 from vdu_fast.replay import build_bank
 
 
@@ -80,3 +82,30 @@ def test_the_replay_distance_is_zero_for_the_old_model_and_grows(tiny_denoiser):
     with torch.no_grad():
         tiny_denoiser.module.decode.bias.add_(0.5)
     torch.testing.assert_close(p.error(), torch.full((6,), 0.25), rtol=1e-3, atol=1e-4)
+
+
+class Silent(nn.Module):
+    """Predicts zero, so that its error is that of the target itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return 0 * x_t * self.weight
+
+
+@pytest.mark.parametrize("weighting", ["simple", "elbo"])
+def test_the_error_curve_follows_the_error_over_the_timesteps(weighting):
+    scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="v_prediction")
+    denoiser = Denoiser(Silent(), scheduler, (1, 8, 8))
+    images = torch.full((5, 1, 8, 8), 0.3)
+    weights = denoiser.schedule.timestep_weights(weighting)
+    curve = error_curve(denoiser, images, size=1024, seed=0, weights=weights)
+    assert curve.shape == (1000,)
+    assert curve.dtype == torch.float32
+    # v = signal eps - noise x_0 has the mean square signal^2 + noise^2 x_0^2.
+    expected = weights * (denoiser.schedule.signal**2 + denoiser.schedule.noise**2 * 0.09)
+    # Away from the first timesteps, where C_t falls faster than the curve can follow.
+    ratio = (curve.double() / expected)[50:]
+    assert float((ratio - 1).abs().max()) < 0.15

@@ -173,7 +173,7 @@ def test_sample_grid_of_other_images(channels: int, size: int) -> None:
 
 def test_losses_use_what_was_recorded() -> None:
     titles = [axes.get_title(loc="left") for axes in report.draw_losses(HISTORY).axes]
-    assert titles == ["objective", "forget loss / its start", "distance from original weights (KL)"]
+    assert titles == ["objective", "forget loss / its start", "KL per weight from the original"]
     figure = report.draw_losses([{"forget_loss": 0.1, "loss": None}, {"forget_loss": 0.2}])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["forget loss"]
     assert report.draw_losses([]) is None

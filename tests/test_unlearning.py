@@ -57,13 +57,7 @@ def bank() -> ReplayBank:
     return build_bank(denoiser_of_tiny(), 20, sampler_steps=10, states=4)
 
 
-def objective(
-    module: nn.Module,
-    run: UnlearningRun,
-    z: Tensor,
-    start_error: float,
-    step: int,
-) -> Tensor:
+def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Tensor:
     """L at the mean, from the formulas of the method and not from the library's code, in float64."""
     config, schedule = run.config, run.denoiser.schedule
     old = copy.deepcopy(module).double()
@@ -91,10 +85,10 @@ def objective(
 
     forget = error(network, x_t, t, target[schedule.prediction_type])
     if config.saturation == "hinge":
-        forget = forget.clamp(max=config.hinge_ratio * start_error)
+        forget = torch.minimum(forget, config.hinge_ratio * run.start_curve[t].double())
     elif config.saturation == "npo":
         reference = error(old, x_t, t, target[schedule.prediction_type]).detach()
-        beta = config.npo_beta / start_error
+        beta = config.npo_beta / run.start_curve[t].double()
         forget = -2 / beta * torch.log1p(torch.exp(-beta * (forget - reference)))
     elements, total = math.prod(SHAPE), config.reduction == "sum"
     a = forget.mean() * (len(run.images) * (high - low) * elements if total else 1)
@@ -117,35 +111,36 @@ def objective(
         {"weighting": "elbo"},
         {"weighting": "elbo", "prediction_type": "v_prediction"},
         {"prediction_type": "sample", "timestep_window": (10, 30)},
-        {"reduction": "sum", "gamma": 0.5, "learning_rate": 1e-6},
+        {"reduction": "sum", "gamma": 0.5, "learning_rate": 0.05},
         {"replay_weight": 3.0, "replay_batch_size": 8},
-        {"replay_weight": 3.0, "replay_batch_size": 8, "reduction": "sum", "weighting": "elbo", "learning_rate": 1e-6},
+        {"replay_weight": 3.0, "replay_batch_size": 8, "reduction": "sum", "weighting": "elbo", "learning_rate": 0.05},
         {"replay_weight": 2.0, "replay_batch_size": 4, "saturation": "npo", "timestep_window": (0, 20)},
     ],
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()) or "defaults",
 )
 def test_three_steps_descend_the_objective_of_the_method(images, bank, settings):
-    settings = {"learning_rate": 5.0, "gamma": 0.3} | settings
+    # Long steps, so that a term that acts only away from z = 0 cannot hide.
+    settings = {"learning_rate": 2000.0, "gamma": 0.3} | settings
     denoiser = denoiser_of_tiny(settings.pop("prediction_type", "epsilon"))
     module = copy.deepcopy(denoiser.module)
     run = start(images, bank if "replay_weight" in settings else None, denoiser, optimizer="natural", **settings)
     z = torch.zeros(D, dtype=torch.float64)
     for step in range(3):
         variable = z.clone().requires_grad_()
-        loss = objective(module, run, variable, run.start_error, step)
+        loss = objective(module, run, variable, step)
         gradient = torch.autograd.grad(loss, variable)[0]
         record = run.step()
         assert record["loss"] == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
         assert record["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-3)
         z = z - run.config.learning_rate * gradient
         torch.testing.assert_close(run.weights.z.double(), z, rtol=2e-3, atol=2e-3 * float(z.abs().max()))
-    assert float(z.abs().max()) > 1e-4
+    assert float(z.abs().max()) > 0.02
 
 
 @pytest.mark.parametrize("optimizer", ["natural", "natural_sign", "natural_adam", "adam"])
 @pytest.mark.parametrize("family", ["mean_only", "mean_field"])
 def test_every_optimizer_and_family_raises_the_forget_loss(images, optimizer, family):
-    rate = {"natural": 50.0, "natural_sign": 0.3, "natural_adam": 0.3, "adam": 3e-3}[optimizer]
+    rate = {"natural": 400.0, "natural_sign": 0.3, "natural_adam": 0.3, "adam": 3e-3}[optimizer]
     run = finish(start(images, optimizer=optimizer, learning_rate=rate, family=family, momentum=0.5))
     assert run.step_number == 10
     assert run.history[-1]["forget_ratio"] > 1.05
@@ -194,6 +189,9 @@ def test_the_trust_region_switches_the_forget_term_off_while_the_penalty_is_abov
     assert second["penalty"] == pytest.approx(0.125, rel=1e-3)
     assert second["gradient_norm"] == 0
     assert second["loss"] == 0
+    wider = start(images, optimizer="natural_sign", learning_rate=0.5, trust_region=0.13, gamma=0.0)
+    wider.step()
+    assert wider.step()["gradient_norm"] > 0
 
 
 def test_a_run_stops_when_the_forget_loss_reaches_its_target(images):
@@ -332,8 +330,8 @@ def test_under_npo_the_reference_is_the_old_network_in_the_same_precision(images
     run = start(images, saturation="npo", precision="bfloat16", learning_rate=0.3)
     # Before the first step new and old network are one, so each sample's pull is exactly that of softplus at 0.
     record = run.step()
-    beta = run.config.npo_beta / run.start_error
-    assert record["loss"] == pytest.approx((1 - run.config.gamma) * 2 / beta * math.log(2), rel=1e-6)
+    before = run.start_curve[run._forget_batch(0)[1]].double() / run.config.npo_beta
+    assert record["loss"] == pytest.approx((1 - run.config.gamma) * 2 * math.log(2) * float(before.mean()), rel=1e-6)
 
 
 class Dropping(TinyDenoiser):
@@ -410,6 +408,8 @@ def test_a_run_can_be_restored_bit_for_bit(images, bank):
     state = {name: t.clone() for name, t in first.state_dict().items()}
     second = start(images, bank, **settings)
     second.load_state_dict(state)
+    assert second.best[:2] == first.best[:2]
+    assert torch.equal(second.best[2], first.best[2])
     finish(second)
     assert second.history == whole.history
     assert second.best[:2] == whole.best[:2]

@@ -37,8 +37,9 @@ class UnlearnConfig:
         weighting: C_t, "simple" or "elbo".
         timestep_window: [low, high) of timesteps on which the forget term acts; null is all.
         saturation: how the forget term lets go: "hinge" at hinge_ratio, "npo" softly, or "none" (unbounded).
-        hinge_ratio: under "hinge", a sample is let go when its error reaches this multiple of the starting forget loss.
-        npo_beta: under "npo", in units of 1 / starting forget loss.
+        hinge_ratio: under "hinge", a sample is let go when its error reaches this multiple of what the forget data had
+            at that timestep before.
+        npo_beta: under "npo", in units of 1 / what the error was at that timestep before.
         target_ratio: stop when the forget loss on a fixed batch with fixed noise reaches this multiple of its start.
         trust_region: the forget term acts only while B per parameter is below this.
         max_gradient_norm: clip the gradient, in the coordinates of the optimizer, to this norm.
@@ -67,7 +68,7 @@ class UnlearnConfig:
     optimizer: OptimizerName = "natural_adam"
     learning_rate: float = 0.02
     momentum: float = 0.0
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 64
     replay_batch_size: int = 64
     accumulate: int = 1

@@ -70,8 +70,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         least = {"samples": 2, "max_real": 2}
         for name in ("samples", "sampler_steps", "batch_size", "max_real", "loss_images", "loss_timesteps"):
-            value, minimum = getattr(self, name), least.get(name, 1)
-            if value < minimum:
+            if (value := getattr(self, name)) < (minimum := least.get(name, 1)):
                 raise InputError(f"{name}: got {value}; accepted are whole numbers from {minimum} up. Raise it.")
 
 
@@ -155,6 +154,7 @@ def evaluate(
     forget: int,
     config: EvaluationConfig | None = None,
     classifier: ImageClassifier | None = None,
+    original_samples: Tensor | None = None,
     progress: EvaluationProgress | None = None,
 ) -> Evaluation:
     """Compares a model before and after unlearning; see the head of this module for the definitions.
@@ -166,6 +166,8 @@ def evaluate(
         heldout: labelled real images of the same classes that neither the models nor the classifier saw.
         forget: index of the forgotten class.
         classifier: never one that took part in unlearning or in choosing the images to forget.
+        original_samples: samples numbered 0, 1, ... of `before` with this seed and sampler, drawn earlier: many models
+            are then compared with one original that is sampled once. Those beyond their number are drawn.
         progress: called with (stage, done, total).
 
     Raises:
@@ -179,12 +181,14 @@ def evaluate(
         classifier = train_classifier(
             train, seed=config.classifier_seed, progress=lambda done, total: report("classifier", done, total)
         )
-    elif classifier.class_names != train.class_names:
+    made_for, needed = (classifier.channels, *classifier.image_size), tuple(before.sample_shape)
+    if classifier.class_names != train.class_names or made_for != needed:
         raise InputError(
-            f"classifier: knows the classes {', '.join(classifier.class_names)}; the training images have "
-            f"{', '.join(train.class_names)}. Give one trained on the same classes, or leave it out."
+            f"classifier: made for {made_for} images of the classes {', '.join(classifier.class_names)}; needed is "
+            f"{needed} and {', '.join(train.class_names)}. Give one trained on the same data, or leave it out."
         )
-    return _Comparison(before, after, train, heldout, forget, config, classifier, report).run()
+    comparison = _Comparison(before, after, train, heldout, forget, config, classifier, report, original_samples)
+    return comparison.run()
 
 
 def _check(before: Denoiser, after: Denoiser, train: ImageSet, heldout: ImageSet, forget: int) -> None:
@@ -229,6 +233,7 @@ class _Comparison:
     config: EvaluationConfig
     classifier: ImageClassifier
     report: EvaluationProgress
+    original_samples: Tensor | None = None
     warnings: list[str] = field(default_factory=list)
     omitted: dict[str, str] = field(default_factory=dict)
 
@@ -261,6 +266,10 @@ class _Comparison:
 
     def draw(self, denoiser: Denoiser, argument: str, count: int, *, first: int = 0) -> _Drawn:
         config, done = self.config, 0
+        drawn_before = self.original_samples if denoiser is self.before else None
+        if drawn_before is not None and first + count <= len(drawn_before):
+            images = drawn_before[first : first + count]
+            return _Drawn(images, *self.classifier.embed_and_classify(images))
 
         def finished(images: int) -> None:
             nonlocal done
@@ -388,6 +397,8 @@ class _Comparison:
             self.omitted["classifier.accuracy"] = "no held-out images"
             return description
         accuracy = measure_accuracy(self.classifier, self.heldout)
+        if self.classifier.accuracy is None:
+            self.classifier.accuracy = accuracy
         if accuracy < LOW_ACCURACY:
             self.warnings.append(
                 f"the classifier is right on only {accuracy:.1%} of the held-out images: PUL and class shares carry "

@@ -35,7 +35,7 @@ def per_sample_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tens
 
 
 def ascent_loss(
-    error: Tensor, saturation: Saturation, *, limit: float, beta: float, reference: Tensor | None
+    error: Tensor, saturation: Saturation, *, limit: Tensor, beta: Tensor, reference: Tensor | None
 ) -> Tensor:
     """What is minimised so that `error` grows: a scalar, the mean over the batch.
 
@@ -44,12 +44,12 @@ def ascent_loss(
         saturation: "none" gives -error, unbounded below; "hinge" gives -min(error, limit), which lets go of a sample
             once its error has reached `limit`; "npo" gives (2 / beta) softplus(-beta (error - reference)), whose pull
             fades smoothly (Zhang et al. 2024, negative preference optimisation).
-        limit: for "hinge".
-        beta: for "npo", in units of 1 / error.
+        limit: for "hinge", [B].
+        beta: for "npo", [B], in units of 1 / error.
         reference: for "npo", [B], the errors of the model before unlearning on the same samples.
     """
     if saturation == "hinge":
-        return -error.clamp(max=limit).mean()
+        return -torch.minimum(error, limit).mean()
     if saturation == "npo":
         assert reference is not None
         return (2 / beta * functional.softplus(-beta * (error - reference))).mean()

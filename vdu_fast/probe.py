@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -48,6 +49,23 @@ class NoisePredictionProbe:
         """Per-sample weighted error with the weights as they are now, float [size]."""
         with self.denoiser.evaluating():
             return per_sample_error(self.denoiser.predict(self.x_t, self.timesteps), self.target, self.weight)
+
+
+def error_curve(denoiser: Denoiser, images: Tensor, *, size: int, seed: int, weights: Tensor) -> Tensor:
+    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [T].
+
+    Errors span two orders of magnitude from clean images to noise, so anything that is compared with "the error before"
+    needs it at its own timestep. Measured at `size` even timesteps, averaged in the logarithm over a fortieth of the
+    range, and interpolated.
+    """
+    probe = NoisePredictionProbe(denoiser, images, size=size, seed=seed, weights=weights)
+    log_error = probe.error().double().cpu().clamp_min(1e-12).log()
+    reach = max(1, size // 80)
+    padded = torch.cat([log_error[:reach].flip(0), log_error, log_error[-reach:].flip(0)])
+    smooth = padded.unfold(0, 2 * reach + 1, 1).mean(dim=1).numpy()
+    timesteps = numpy.arange(len(denoiser.schedule))
+    curve = numpy.interp(timesteps, probe.timesteps.cpu().numpy(), smooth)
+    return torch.from_numpy(curve).exp().float().to(denoiser.device)
 
 
 class ReplayProbe:

@@ -274,7 +274,7 @@ def draw_losses(history: Sequence[Mapping[str, Any]]) -> Figure | None:
         "loss": "objective",
         "forget_ratio": "forget loss / its start",
         "forget_loss": "forget loss",
-        "penalty": "distance from original weights (KL)",
+        "penalty": "KL per weight from the original",
         "replay_loss": "drift on what should stay",
     }
     series = {}

@@ -18,7 +18,7 @@ from vdu_fast.objective import ascent_loss, forget_scale, per_sample_error, regu
 from vdu_fast.optim import UpdateRule, VariationalWeights
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.probe import NoisePredictionProbe, ReplayProbe
+from vdu_fast.probe import NoisePredictionProbe, ReplayProbe, error_curve
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
 
@@ -51,10 +51,10 @@ class UnlearningRun:
         if self.window[1] > total:
             raise InputError(f"timestep_window {self.window} goes beyond the model's {total} timesteps.")
         self.timestep_weights = denoiser.schedule.timestep_weights(config.weighting)
+        self.arena = Arena(denoiser.module, config.trainable)
         # Dropout would draw from a generator that no resumed run can restore.
         self._training = denoiser.module.training
         denoiser.module.eval()
-        self.arena = Arena(denoiser.module, config.trainable)
         try:
             self.weights = self._variational_weights(posterior)
         except InputError:
@@ -69,6 +69,7 @@ class UnlearningRun:
         )
         self.write_mean()
         self.start_error = float(self.forget_probe.error().mean())
+        self.start_curve = error_curve(denoiser, forget_images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
         self.step_number = 0
         self.history: list[dict[str, float]] = []
@@ -174,11 +175,12 @@ class UnlearningRun:
             reference = self._reference_error(x_t[:forget], timesteps[:forget], target[:forget], weight[:forget])
         self.arena.zero_grad()
         error = per_sample_error(self._predict(x_t, timesteps), target, weight)
+        before = self.start_curve[timesteps[:forget]]
         ascent = ascent_loss(
             error[:forget],
             config.saturation,
-            limit=config.hinge_ratio * self.start_error,
-            beta=config.npo_beta / self.start_error,
+            limit=config.hinge_ratio * before,
+            beta=config.npo_beta / before,
             reference=reference,
         )
         loss = (1 - config.gamma) * self.forget_scale * ascent if forgetting else 0 * ascent
@@ -218,7 +220,7 @@ class UnlearningRun:
         self.write_mean()
         error = self.forget_probe.error()
         checked = {"forget_ratio": float(error.mean()) / self.start_error}
-        bounded = error.clamp(max=config.hinge_ratio * self.start_error).mean()
+        bounded = torch.minimum(error, config.hinge_ratio * self.start_curve[self.forget_probe.timesteps]).mean()
         objective = -(1 - config.gamma) * self.forget_scale * float(bounded) + self.kl_weight * float(self.weights.kl())
         if self.replay_probe is not None:
             checked["replay_check"] = float(self.replay_probe.error().mean())

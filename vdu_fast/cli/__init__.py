@@ -10,8 +10,8 @@ import errno
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
+from vdu_fast import __version__
 from vdu_fast.errors import InputError
 
 COMMANDS = {
@@ -42,14 +42,6 @@ options:
 Start with `vdu-fast demo`."""
 
 
-def version() -> str:
-    """The installed version; a checkout that was never installed has none."""
-    try:
-        return metadata.version("vdu_fast")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` is without the program's name, None takes sys.argv."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -73,7 +65,7 @@ def _run(arguments: list[str]) -> int:
         print(help_text())
         return 0
     if name == "--version":
-        print(f"vdu-fast {version()}")
+        print(f"vdu-fast {__version__}")
         return 0
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"

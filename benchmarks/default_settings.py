@@ -1,0 +1,210 @@
+"""Which default settings forget the most and keep the most, over all ten digits?
+
+Runs every setting below on every digit of the shipped model, with the evaluation that the tables of the README use, and
+appends one row per run to benchmarks/results/default_settings.csv; runs that are there already are skipped, so it can
+be stopped and started again, and several can share the work: `python benchmarks/default_settings.py --part 0/2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdu_fast.classifier import ImageClassifier, train_classifier
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.data import load_images
+from vdu_fast.demo import shipped_model
+from vdu_fast.evaluation import EvaluationConfig, evaluate
+from vdu_fast.pipelines import denoiser_of, load_pipeline
+from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.sampling import sample_images
+from vdu_fast.unlearner import unlearn
+
+RESULTS = Path(__file__).parent / "results" / "default_settings.csv"
+CACHE = Path(__file__).parent / "cache"
+
+# Every line changes the defaults of UnlearnConfig by what it names.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "hinge 2": {"hinge_ratio": 2.0},
+    "hinge 8": {"hinge_ratio": 8.0},
+    "lambda 2": {"replay_weight": 2.0},
+    "lambda 20": {"replay_weight": 20.0},
+    "gamma 0": {"gamma": 0.0},
+    "gamma 0.3": {"gamma": 0.3},
+    "learning rate 0.01": {"learning_rate": 0.01},
+    "learning rate 0.04": {"learning_rate": 0.04},
+    "200 steps": {"steps": 200},
+    "sharpened metric": {"sharpen": 2.0},
+    "sampled weights": {"family": "mean_field"},
+    "npo": {"saturation": "npo"},
+    "elbo weights": {"weighting": "elbo"},
+    "timesteps 100 to 800": {"timestep_window": (100, 800)},
+    "bank not filtered": {"bank_filter": "none"},
+    "no replay": {"replay_weight": 0.0},
+    "plain adam": {"optimizer": "adam", "learning_rate": 1e-4},
+    "natural_sign": {"optimizer": "natural_sign", "learning_rate": 0.01},
+}
+
+COLUMNS = [
+    "setting", "changes", "digit", "pul", "u_fid", "oracle", "ratio", "original", "kept_min", "forget_loss_ratio",
+    "retained_loss_ratio", "dropped", "seconds", "samples", "sampler_steps", "threads", "torch", "commit", "date",
+]  # fmt: skip
+
+
+class Bench:
+    """What all runs share: data, classifier, the original model's samples and its replay bank, made once."""
+
+    def __init__(self, samples: int) -> None:
+        CACHE.mkdir(exist_ok=True)
+        self.train, self.heldout = load_images("digits", split="train"), load_images("digits", split="heldout")
+        self.config = EvaluationConfig(samples=samples)
+        self.model = shipped_model()
+        self.original = denoiser_of(load_pipeline(self.model))
+        self.classifier = self._classifier()
+        self.samples = self._samples()
+        self.bank = self._bank()
+
+    def _classifier(self) -> ImageClassifier:
+        path = CACHE / "digits-classifier.safetensors"
+        if not path.is_file():
+            train_classifier(self.train, seed=self.config.classifier_seed).save(path)
+        return ImageClassifier.load(path)
+
+    def _samples(self) -> torch.Tensor:
+        # The oracle needs as many samples without the class: a fifth more than the rest is enough for all digits.
+        how = {"steps": self.config.sampler_steps, "seed": self.config.seed, "batch_size": self.config.batch_size}
+        return sample_images(self.original, int(1.25 * self.config.samples), **how)
+
+    def _bank(self) -> ReplayBank:
+        path = CACHE / "digits-bank.safetensors"
+        if path.is_file():
+            bank = ReplayBank.load(path)
+            bank.check_fits(self.original, path)
+            return bank
+        defaults = UnlearnConfig()
+        bank = build_bank(
+            self.original,
+            defaults.replay_samples,
+            sampler_steps=defaults.replay_sampler_steps,
+            states=defaults.replay_states,
+            seed=defaults.seed,
+        )
+        bank.save(path)
+        return bank
+
+    def run(self, changes: dict[str, Any], digit: int) -> dict[str, Any]:
+        """Unlearn and evaluate one digit under one setting."""
+        pipeline = load_pipeline(self.model)
+        result = unlearn(
+            pipeline,
+            self.train.only(digit),
+            posterior=self.model / "posterior.safetensors",
+            config=UnlearnConfig(**changes),
+            bank=self.bank,
+        )
+        metrics = evaluate(
+            self.original,
+            denoiser_of(pipeline),
+            train=self.train,
+            heldout=self.heldout,
+            forget=digit,
+            config=self.config,
+            classifier=self.classifier,
+            original_samples=self.samples,
+        ).metrics
+        u_fid = metrics["u_fid"]
+        return {
+            "digit": digit,
+            "pul": round(metrics["pul"], 2),
+            "u_fid": round(u_fid["after"], 3),
+            "oracle": round(u_fid["oracle"], 3),
+            "ratio": round(u_fid["after"] / u_fid["oracle"], 3),
+            "original": round(u_fid["before"], 3),
+            "kept_min": round(metrics["shares"]["kept_ratio_min"], 3),
+            "forget_loss_ratio": round(metrics["forget_loss"]["ratio"], 3),
+            "retained_loss_ratio": round(metrics["retained_loss"]["ratio"], 4),
+            "dropped": result.filter_report.dropped if result.filter_report else "",
+            "seconds": round(result.seconds["unlearn"], 1),
+        }
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def rows() -> list[dict[str, str]]:
+    if not RESULTS.is_file():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.is_file()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def print_table() -> None:
+    """One line per setting that has run on all digits."""
+    print(f"{'setting':24} {'PUL median / least':>19} {'u-FID / oracle median / most':>29} {'kept min':>9} {'seconds':>8}")
+    by_setting: dict[str, list[dict[str, str]]] = {}
+    for row in rows():
+        by_setting.setdefault(row["setting"], []).append(row)
+    for setting, runs in by_setting.items():
+        pul, ratio, kept, seconds = ([float(r[c]) for r in runs] for c in ("pul", "ratio", "kept_min", "seconds"))
+        print(
+            f"{setting:24} {statistics.median(pul):9.1f} / {min(pul):6.1f} {statistics.median(ratio):19.2f} / "
+            f"{max(ratio):6.2f} {min(kept):9.2f} {statistics.median(seconds):8.1f}   ({len(runs)} digits)"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, starting at the i-th")
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--digits", nargs="*", type=int, default=list(range(10)))
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="print the table of what has run, and stop")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print_table()
+        return
+    torch.set_num_threads(arguments.threads)
+    part, parts = map(int, arguments.part.split("/"))
+    bench = Bench(arguments.samples)
+    jobs = [(setting, digit) for setting in arguments.settings for digit in arguments.digits][part::parts]
+    for setting, digit in jobs:
+        changes = SETTINGS[setting]
+        if any(row["setting"] == setting and row["digit"] == str(digit) for row in rows()):
+            continue
+        row = bench.run(changes, digit)
+        stamp = {
+            "samples": arguments.samples,
+            "sampler_steps": bench.config.sampler_steps,
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+        append({"setting": setting, "changes": json.dumps(changes), **row, **stamp})
+        print(setting, row, flush=True)
+    print_table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""`unlearn` from end to end on tiny models: every setting runs, nothing is half done, an interrupted run goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from tiny import TinyDenoiser, build_pipeline, build_tiny, random_posterior
+from torch import Tensor, nn
+
+from vdu_fast.checkpoint import fingerprint
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.data import ImageSet
+from vdu_fast.errors import InputError
+from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.unlearner import BANK_FILE, STATE_FILE, Observers, UnlearnResult, unlearn
+
+SCHEDULER = DDPMScheduler(num_train_timesteps=50)
+
+
+def small(**settings) -> UnlearnConfig:
+    defaults = {
+        "batch_size": 6,
+        "replay_batch_size": 6,
+        "steps": 4,
+        "check_every": 2,
+        "check_size": 16,
+        "save_every": 2,
+    }
+    defaults |= {"replay_samples": 12, "replay_sampler_steps": 6, "replay_states": 3, "bank_filter": "none"}
+    return UnlearnConfig(**(defaults | {"learning_rate": 0.2} | settings))
+
+
+def unlearn_tiny(images: Tensor, module: nn.Module | None = None, **options) -> UnlearnResult:
+    module = module if module is not None else build_tiny()
+    settings = {k: options.pop(k) for k in list(options) if k in UnlearnConfig.__dataclass_fields__}
+    options = {"scheduler": SCHEDULER, "posterior": random_posterior(build_tiny())} | options
+    return unlearn(module, images, config=small(**settings), **options)
+
+
+def weights(model) -> Tensor:
+    module = model if isinstance(model, nn.Module) else model.unet
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "natural", "learning_rate": 300.0},
+        {"optimizer": "natural_sign", "momentum": 0.9},
+        {"optimizer": "natural_adam"},
+        {"optimizer": "adam", "learning_rate": 1e-3},
+        {"family": "mean_field"},
+        {"family": "mean_field", "learn_std": True, "samples_per_step": 2, "accumulate": 2},
+        {"saturation": "none"},
+        {"saturation": "npo"},
+        {"weighting": "elbo", "timestep_window": (5, 40)},
+        {"reduction": "sum", "gamma": 0.5, "replay_weight": 0.1},
+        {"trust_region": 0.01, "max_gradient_norm": 0.5, "rollback": True},
+        {"replay_weight": 0.0},
+        {"sharpen": 2.0, "center": "posterior"},
+        {"precision": "bfloat16"},
+    ],
+    ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_every_setting_runs_and_changes_the_model(images, settings):
+    module = build_tiny()
+    before = weights(module)
+    result = unlearn_tiny(images, module, **settings)
+    assert result.model is module
+    assert result.steps == 4
+    assert not torch.equal(weights(module), before)
+    assert weights(module).isfinite().all()
+    assert result.history[-1]["forget_ratio"] > 0
+    assert (result.filter_report is None) == (settings.get("replay_weight") == 0)
+    json.dumps(result.record(), allow_nan=False)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_pipeline_of_every_prediction_type_is_written_and_loads_again(images, tmp_path, prediction_type):
+    pipeline = build_pipeline(prediction_type)
+    posterior = random_posterior(pipeline.unet, scale=0.05)
+    before = weights(pipeline)
+    result = unlearn(pipeline, images, posterior=posterior, config=small(), output=tmp_path / "out")
+    loaded = load_pipeline(tmp_path / "out")
+    assert torch.equal(weights(loaded), weights(pipeline))
+    assert not torch.equal(weights(pipeline), before)
+    record = json.loads((tmp_path / "out" / "unlearn.json").read_text())
+    assert record["weights"] == fingerprint(loaded.unet)
+    assert record["steps"] == result.steps == 4
+    assert record["settings"]["gamma"] == small().gamma
+    assert record["stopped_because"] == "all 4 steps done"
+    assert not (tmp_path / "out" / "resume").exists()
+
+
+def test_flow_matching_modules_can_be_unlearned(images):
+    result = unlearn_tiny(images, scheduler=FlowMatchEulerDiscreteScheduler(50))
+    assert result.history[-1]["forget_ratio"] > 1
+
+
+def test_a_bare_module_is_written_as_safetensors(images, tmp_path):
+    module = build_tiny()
+    unlearn_tiny(images, module, output=tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in module.state_dict().items())
+
+
+class Tied(TinyDenoiser):
+    def __init__(self) -> None:
+        super().__init__(timesteps=50)
+        self.encode = nn.Linear(64, 64)
+        self.time = nn.Linear(1, 64)
+        self.decode = nn.Linear(64, 64)
+        self.decode.weight = self.encode.weight
+
+
+def test_tied_weights_stay_tied_and_are_written(images, tmp_path):
+    module = Tied()
+    unlearn_tiny(images, module, posterior=random_posterior(module), output=tmp_path)
+    assert module.decode.weight is module.encode.weight
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written["decode.weight"], module.encode.weight)
+
+
+def test_only_the_trainable_subset_changes(images):
+    pipeline = build_pipeline()
+    before = copy.deepcopy(pipeline.unet.state_dict())
+    unlearn(
+        pipeline,
+        images,
+        posterior=random_posterior(pipeline.unet),
+        config=small(trainable=["mid_block.*", "conv_out.bias"]),
+    )
+    changed = {name for name, tensor in pipeline.unet.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("mid_block.") or name == "conv_out.bias" for name in changed)
+
+
+def test_a_posterior_of_the_trainable_subset_is_enough(images):
+    module = build_tiny()
+    posterior = random_posterior(module)
+    posterior = GaussianPosterior({name: t for name, t in posterior.std.items() if name.startswith("time.")})
+    unlearn_tiny(images, module, posterior=posterior, trainable=["time.*"])
+
+
+def test_a_posterior_file_and_an_image_set_are_accepted(images, tmp_path):
+    random_posterior(build_tiny()).save(tmp_path / "p.safetensors")
+    from_file = unlearn_tiny(ImageSet(images, None, (), "mine"), posterior=tmp_path / "p.safetensors")
+    assert torch.equal(weights(from_file.model), weights(unlearn_tiny(images).model))
+
+
+def test_target_and_rollback_are_reported(images):
+    stopped = unlearn_tiny(images, target_ratio=1.0001, check_every=1, steps=50)
+    assert "target_ratio 1.0001" in stopped.stopped_because
+    assert stopped.steps < 50
+    rolled = unlearn_tiny(images, rollback=True, check_every=1, learning_rate=3.0, replay_weight=50.0, steps=8)
+    objectives = [record["objective"] for record in rolled.history]
+    assert rolled.weights_from_step == 1 + objectives.index(min(objectives))
+    assert rolled.steps == 8
+
+
+def test_a_bank_is_read_where_there_is_one_and_made_where_there_is_none(images, tmp_path):
+    path, drawn = tmp_path / "bank.safetensors", []
+    observers = Observers(on_sample=drawn.append)
+    first = unlearn_tiny(images, bank=path, observers=observers)
+    assert sum(drawn) == 12
+    assert len(ReplayBank.load(path)) == 12
+    second = unlearn_tiny(images, bank=str(path), observers=observers)
+    third = unlearn_tiny(images, bank=ReplayBank.load(path), observers=observers)
+    assert sum(drawn) == 12
+    assert torch.equal(weights(first.model), weights(second.model))
+    assert torch.equal(weights(first.model), weights(third.model))
+
+
+def test_a_bank_of_another_model_is_refused(images, tmp_path):
+    other = build_tiny()
+    nn.init.zeros_(other.time.bias)
+    bank = build_bank(Denoiser(other, SCHEDULER, (1, 8, 8)), 12, sampler_steps=6, states=3)
+    bank.save(tmp_path / "bank.safetensors")
+    for given in (bank, tmp_path / "bank.safetensors"):
+        with pytest.raises(InputError, match="was drawn from a model with other weights"):
+            unlearn_tiny(images, bank=given)
+
+
+def test_the_function_space_term_holds_the_model_back(images):
+    """With a large lambda the model moves less in what it predicts on its own samples."""
+    free, held = (unlearn_tiny(images, replay_weight=w, steps=20, check_every=20) for w in (1e-6, 100.0))
+    assert held.history[-1]["replay_check"] < 0.5 * free.history[-1]["replay_check"]
+
+
+def test_observers_hear_of_samples_steps_and_decisions(images):
+    steps, drawn, said = [], [], []
+    unlearn_tiny(images, observers=Observers(steps.append, drawn.append, said.append))
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert all(record["total"] == 4 and record["images_per_second"] > 0 for record in steps)
+    assert sum(drawn) == 12
+    assert any("12 images" in line for line in said)
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt out of on_step, once, at the given step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, record) -> None:
+        if record["step"] == self.step:
+            raise KeyboardInterrupt
+
+
+VARIANTS = [
+    {},
+    {"family": "mean_field", "learn_std": True, "accumulate": 2},
+    {"optimizer": "natural_sign", "momentum": 0.9, "rollback": True, "check_every": 1, "learning_rate": 2.0},
+    {"replay_weight": 0.0, "saturation": "npo", "optimizer": "adam", "learning_rate": 1e-3},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank"])
+@pytest.mark.parametrize("at", [1, 3, 7, 8])
+def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at):
+    settings = {"steps": 8, "save_every": 3} | settings
+    whole = unlearn_tiny(images, **settings)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(at)), **settings)
+    assert (out / STATE_FILE).is_file()
+    assert (out / BANK_FILE).is_file() == (settings.get("replay_weight") != 0)
+    seen = []
+    resumed = unlearn_tiny(images, output=out, resume=True, observers=Observers(on_step=seen.append), **settings)
+    assert [record["step"] for record in seen] == list(range(at + 1, 9))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.weights_from_step == whole.weights_from_step
+    assert resumed.history == whole.history
+    assert torch.equal(load_file(out / "model.safetensors")["time.bias"], whole.model.time.bias)
+    assert not (out / "resume").exists()
+
+
+def test_a_run_whose_last_save_is_old_resumes_to_the_same_bits(images, tmp_path):
+    """As after kill -9: the state is the periodic one, some steps back."""
+    whole = unlearn_tiny(images, steps=8)
+    out, states = tmp_path / "out", {}
+
+    def copy_state(record) -> None:
+        states[int(record["step"])] = (out / STATE_FILE).read_bytes()
+        if record["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, steps=8, output=out, observers=Observers(on_step=copy_state), save_every=3)
+    assert states[3] == states[5] != states[6]  # written every third step only
+    (out / STATE_FILE).write_bytes(states[5])
+    resumed = unlearn_tiny(images, steps=8, output=out, resume=True, save_every=3)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.history == whole.history
+
+
+def test_an_interrupted_run_leaves_the_weights_reached_and_a_free_module(images, tmp_path):
+    module = build_tiny()
+    before = weights(module)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, module, output=tmp_path / "out", observers=Observers(on_step=Interrupting(2)))
+    assert not torch.equal(weights(module), before)
+    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 6
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gamma": 0.4},
+        {"seed": 1},
+        {"optimizer": "natural"},
+        {"posterior": random_posterior(build_tiny(), seed=6)},
+        {"images": torch.zeros(12, 1, 8, 8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_resuming_as_another_run_is_refused_and_keeps_the_state(images, tmp_path, change):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(2)))
+    state = (out / STATE_FILE).read_bytes()
+    change = dict(change)
+    with pytest.raises(InputError, match=r"is of a run with another model, posterior, forget data or settings"):
+        unlearn_tiny(change.pop("images", images), output=out, resume=True, **change)
+    assert (out / STATE_FILE).read_bytes() == state
+    unlearn_tiny(images, output=out, resume=True)
+
+
+def test_resuming_with_another_model_is_refused(images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(2)), replay_weight=0.0)
+    other = build_tiny()
+    nn.init.zeros_(other.time.bias)
+    with pytest.raises(InputError, match="is of a run with another model"):
+        unlearn_tiny(images, other, output=out, resume=True, replay_weight=0.0)
+
+
+def test_resume_needs_an_output_folder_with_a_run_in_it(images, tmp_path):
+    with pytest.raises(InputError, match="resume needs the output folder"):
+        unlearn_tiny(images, resume=True)
+    with pytest.raises(InputError, match="nothing to resume"):
+        unlearn_tiny(images, output=tmp_path / "out", resume=True)
+
+
+def test_a_full_output_folder_is_refused_before_any_work(images, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    module, drawn = build_tiny(), []
+    before = weights(module)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        unlearn_tiny(images, module, output=tmp_path, observers=Observers(on_sample=drawn.append))
+    assert not drawn
+    assert torch.equal(weights(module), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    unlearn_tiny(images, module, output=tmp_path, overwrite=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+class Overflowing(TinyDenoiser):
+    """Gives NaN where its output bias has moved far: what an unbounded ascent ends in."""
+
+    begin: Tensor | None = None
+
+    def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        far = self.begin is not None and float((self.decode.bias.detach() - self.begin).abs().max()) > 0.05
+        return super().forward(x_t, timesteps) * (math.nan if far else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(images, tmp_path):
+    module = Overflowing(timesteps=50)
+    module.load_state_dict(build_tiny().state_dict())
+    module.begin = module.decode.bias.detach().clone()
+    with pytest.raises(InputError, match=r"nan.*the last weights with a finite loss are kept.*Lower learning_rate"):
+        unlearn_tiny(
+            images,
+            module,
+            output=tmp_path / "out",
+            optimizer="natural_sign",
+            learning_rate=1.0,
+            steps=50,
+            replay_weight=0.0,
+            saturation="none",
+        )
+    with torch.no_grad():
+        assert module(images, torch.zeros(12)).isfinite().all()
+    assert float((module.decode.bias.detach() - module.begin).abs().max()) > 0.005  # the last good ones, not the first
+    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 6
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / STATE_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda images: images[0], r"must be a float tensor \[N, C, H, W\] with N >= 1, got \[1, 8, 8\]"),
+        (lambda images: images[:0], r"with N >= 1, got \[0, 1, 8, 8\]"),
+        (lambda images: "digits", "got str"),
+        (lambda images: images * 255, r"must lie in \[-1, 1\]; scale 8-bit images by x / 127\.5 - 1"),
+        (lambda images: images * math.nan, r"must lie in \[-1, 1\]"),
+    ],
+)
+def test_unusable_forget_images_are_refused(images, spoil, says):
+    with pytest.raises(InputError, match=says):
+        unlearn_tiny(spoil(images))
+
+
+def test_images_of_another_size_are_refused_with_resize():
+    pipeline = build_pipeline()
+    with pytest.raises(InputError, match="--resize"):
+        unlearn(pipeline, torch.zeros(3, 1, 6, 6), posterior=random_posterior(pipeline.unet), config=small())
+    with pytest.raises(InputError, match="channel"):
+        unlearn(pipeline, torch.zeros(3, 3, 8, 8), posterior=random_posterior(pipeline.unet), config=small())
+
+
+def test_a_bare_module_needs_its_scheduler(images):
+    with pytest.raises(InputError, match="a bare module needs scheduler"):
+        unlearn_tiny(images, scheduler=None)
+
+
+def test_a_posterior_of_another_model_is_refused(images):
+    pipeline = build_pipeline()
+    with pytest.raises(InputError, match="absent from it"):
+        unlearn_tiny(images, posterior=random_posterior(pipeline.unet))
+    wrong = random_posterior(build_tiny())
+    wrong.std["time.bias"] = torch.ones(3)
+    with pytest.raises(InputError, match=r"std of time\.bias has shape \(3,\)"):
+        unlearn_tiny(images, posterior=wrong)
+
+
+def test_a_classifier_filter_needs_classifier_and_label(images):
+    with pytest.raises(InputError, match=r"needs classifier=.*forget_label="):
+        unlearn_tiny(images, bank_filter="classifier")
+
+
+def test_too_small_a_bank_is_refused(images):
+    with pytest.raises(InputError, match=r"fewer than replay_batch_size 64"):
+        unlearn_tiny(images, replay_batch_size=64)
+
+
+def test_a_run_is_a_function_of_its_seed(images):
+    one, two, other = (weights(unlearn_tiny(images, seed=seed).model) for seed in (3, 3, 4))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_the_result_can_be_saved_by_diffusers(images, tmp_path):
+    pipeline = build_pipeline()
+    unlearn(pipeline, images, posterior=random_posterior(pipeline.unet), config=small()).model.save_pretrained(tmp_path)
+    assert torch.equal(weights(load_pipeline(Path(tmp_path))), weights(pipeline))
+    assert denoiser_of(pipeline).sample_shape == (1, 8, 8)
