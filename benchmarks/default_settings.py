@@ -138,7 +138,9 @@ class Bench:
 
 
 def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def rows() -> list[dict[str, str]]:
@@ -160,7 +162,9 @@ def append(row: dict[str, Any]) -> None:
 
 def print_table() -> None:
     """One line per setting that has run on all digits."""
-    print(f"{'setting':24} {'PUL median / least':>19} {'u-FID / oracle median / most':>29} {'kept min':>9} {'seconds':>8}")
+    print(
+        f"{'setting':24} {'PUL median / least':>19} {'u-FID / oracle median / most':>29} {'kept min':>9} {'seconds':>8}"
+    )
     by_setting: dict[str, list[dict[str, str]]] = {}
     for row in rows():
         by_setting.setdefault(row["setting"], []).append(row)

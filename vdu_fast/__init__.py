@@ -47,7 +47,7 @@ _HOME = {
 }
 _MODULES = ("ops", "reference")
 
-__all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, *_MODULES, "__version__"]
 
 try:
     __version__ = version("vdu_fast")

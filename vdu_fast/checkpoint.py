@@ -33,7 +33,7 @@ def write_bytes_atomic(path: Path | str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~current_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -41,7 +41,8 @@ def write_bytes_atomic(path: Path | str, data: bytes) -> None:
         raise
 
 
-def _umask() -> int:
+def current_umask() -> int:
+    """The permission bits that new files are not to have."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -128,14 +129,14 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare_output(path: Path | str, *, overwrite: bool, resume: bool, owned: str) -> Path:
+def prepare_output(path: Path | str, *, overwrite: bool, resume: bool = False, owned: str | None = None) -> Path:
     """Check an output folder before any work is done.
 
     Args:
         path: the folder; created when missing.
         overwrite: accept a folder that is not empty.
         resume: accept a folder that holds the file `owned`, the state of an interrupted run.
-        owned: relative path of that state file.
+        owned: relative path of that state file; None for commands that cannot resume.
 
     Raises:
         InputError: the folder holds something and neither flag permits going on.
@@ -144,9 +145,11 @@ def prepare_output(path: Path | str, *, overwrite: bool, resume: bool, owned: st
     if path.exists() and not path.is_dir():
         raise InputError(f"--output {path} is a file; give a folder.")
     occupied = path.is_dir() and any(path.iterdir())
-    interrupted = (path / owned).is_file()
+    interrupted = owned is not None and (path / owned).is_file()
     if resume and not interrupted:
-        raise InputError(f"--resume: {path / owned} does not exist, so there is nothing to resume; leave --resume out.")
+        raise InputError(
+            f"--resume: {path / (owned or '')} does not exist, so there is nothing to resume; leave --resume out."
+        )
     if occupied and not (overwrite or resume):
         hint = "--resume goes on with the interrupted run in it, " if interrupted else ""
         raise InputError(f"--output {path} exists and is not empty: {hint}--overwrite replaces it, or name another.")

@@ -103,7 +103,7 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.gamma < 1:
             raise InputError(
-                f"gamma must be in [0, 1), got {self.gamma}: 0 leaves the forget term alone, near 1 nothing is forgotten."
+                f"gamma must be in [0, 1), got {self.gamma}: at 0 no weight is tied, near 1 nothing is forgotten."
             )
         for name in (
             "samples_per_step",
@@ -120,7 +120,15 @@ class UnlearnConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "hinge_ratio", "npo_beta", "target_ratio", "trust_region", "max_gradient_norm", "sharpen"):
+        for name in (
+            "learning_rate",
+            "hinge_ratio",
+            "npo_beta",
+            "target_ratio",
+            "trust_region",
+            "max_gradient_norm",
+            "sharpen",
+        ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be a positive number, got {value}.")
@@ -139,5 +147,7 @@ class UnlearnConfig:
         if self.timestep_window is not None:
             self.timestep_window = (int(self.timestep_window[0]), int(self.timestep_window[1]))
             if not 0 <= self.timestep_window[0] < self.timestep_window[1]:
-                raise InputError(f"timestep_window must be [low, high) with 0 <= low < high, got {self.timestep_window}.")
+                raise InputError(
+                    f"timestep_window must be [low, high) with 0 <= low < high, got {self.timestep_window}."
+                )
         self.trainable = list(self.trainable)

@@ -137,6 +137,6 @@ def run_demo(
 def _claim(output: Path, *, overwrite: bool, forget: int, seed: int) -> Path:
     """Take the output folder when it is new or an earlier demo's, and mark it before anything else is written."""
     ours = (output / MARKER).is_file()
-    prepare_output(output, overwrite=overwrite or ours, resume=False, owned="")
+    prepare_output(output, overwrite=overwrite or ours)
     write_json_atomic(output / MARKER, {"written_by": "vdu-fast demo", "forget": forget, "seed": seed})
     return output

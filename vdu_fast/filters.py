@@ -53,13 +53,16 @@ class FilterReport:
         return line
 
 
-def classifier_filter(images: Tensor, classifier: nn.Module, forget_label: int) -> tuple[Tensor, FilterReport]:
+def classifier_filter(
+    images: Tensor, classifier: nn.Module, forget_label: int, *, max_dropped: float = 0.5
+) -> tuple[Tensor, FilterReport]:
     """Drop the images that a classifier assigns to the forgotten class, or gives it a probability of 5% or more.
 
     Args:
         images: float32 [N, C, H, W] in [-1, 1].
         classifier: maps images [B, C, H, W] to logits [B, classes].
         forget_label: index of the forgotten class.
+        max_dropped: at most this share of the images is dropped, the most probable first.
 
     Returns:
         bool [N], true where the image stays, and the report.
@@ -69,11 +72,23 @@ def classifier_filter(images: Tensor, classifier: nn.Module, forget_label: int) 
     with torch.no_grad():
         logits = torch.cat([classifier(chunk.to(device)).float().cpu() for chunk in images.split(500)])
     if not 0 <= forget_label < logits.shape[1]:
-        raise InputError(f"forget_label must be in [0, {logits.shape[1]}), the classes of the classifier, got {forget_label}.")
-    unwanted = logits.softmax(dim=1)[:, forget_label] >= 0.05
-    unwanted |= logits.argmax(dim=1) == forget_label
-    share = float((logits.argmax(dim=1) == forget_label).float().mean())
-    return ~unwanted, FilterReport("classifier", len(images), int(unwanted.sum()), share)
+        raise InputError(
+            f"forget_label must be in [0, {logits.shape[1]}), the classes of the classifier, got {forget_label}."
+        )
+    probability, assigned = logits.softmax(dim=1)[:, forget_label], logits.argmax(dim=1) == forget_label
+    suspected, limited = _at_most(max_dropped, (probability >= 0.05) | assigned, probability)
+    share = float(assigned.float().mean())
+    return ~suspected, FilterReport("classifier", len(images), int(suspected.sum()), share, limited)
+
+
+def _at_most(share: float, suspected: Tensor, scores: Tensor) -> tuple[Tensor, bool]:
+    """The suspected, bool [N], or the best-scored of them where they are more than `share` of all; and which it was."""
+    limit = int(share * len(scores))
+    if int(suspected.sum()) <= limit:
+        return suspected, False
+    best = torch.zeros_like(suspected)
+    best[scores.topk(limit).indices] = True
+    return best, True
 
 
 def positive_unlabelled_filter(
@@ -108,8 +123,8 @@ def positive_unlabelled_filter(
     """
     if len(forget_images) < 8:
         raise InputError(
-            f"the positive_unlabelled filter needs at least 8 forget images, got {len(forget_images)}. Give more, or use "
-            "bank_filter 'classifier', or 'none' if the model hardly ever draws what must go."
+            f"the positive_unlabelled filter needs at least 8 forget images, got {len(forget_images)}. Give more, or "
+            "use bank_filter 'classifier', or 'none' if the model hardly ever draws what must go."
         )
     module = find_feature_module(denoiser.module, feature_module)
     bank = middle_features(denoiser, bank_images, module)
@@ -119,12 +134,7 @@ def positive_unlabelled_filter(
     scores, held_out, share = _score((bank - mean) / std, (forget - mean) / std)
     median = held_out.median()
     spread = 1.4826 * (held_out - median).abs().median()
-    suspected = scores >= median - TOLERANCE * spread
-    limit = int(max_dropped * len(bank))
-    limited = int(suspected.sum()) > limit
-    if limited:
-        suspected = torch.zeros_like(suspected)
-        suspected[scores.topk(limit).indices] = True
+    suspected, limited = _at_most(max_dropped, scores >= median - TOLERANCE * spread, scores)
     report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), share, limited)
     return ~suspected, report
 

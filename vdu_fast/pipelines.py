@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdu_fast.checkpoint import replacing_folder
+from vdu_fast.checkpoint import current_umask, replacing_folder
 from vdu_fast.errors import InputError
 from vdu_fast.schedule import NoiseSchedule
 
@@ -63,18 +63,20 @@ class Denoiser:
             self.module.train(training)
 
 
-def load_pipeline(path: Path | str) -> Any:
-    """Load a diffusers pipeline folder from the disk, safetensors only.
+def load_pipeline(path: Path | str, *, argument: str = "model") -> Any:
+    """Load a diffusers pipeline folder from the disk, safetensors only; `argument` is what messages call it.
 
     Raises:
         InputError: the folder is missing, is no pipeline, holds only pickled weights, or is conditional.
     """
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"--model {path} does not exist or is not a folder; give a folder written by save_pretrained.")
+        raise InputError(
+            f"--{argument} {path} does not exist or is not a folder; give a folder written by save_pretrained."
+        )
     if not (path / "model_index.json").is_file():
         raise InputError(
-            f"--model {path} has no model_index.json, so it is no diffusers pipeline. Write one with "
+            f"--{argument} {path} has no model_index.json, so it is no diffusers pipeline. Write one with "
             "DDPMPipeline(unet=..., scheduler=...).save_pretrained(folder), or `vdu-fast pretrain`."
         )
     import diffusers
@@ -82,27 +84,29 @@ def load_pipeline(path: Path | str) -> Any:
     # diffusers reports a progress bar and optional packages through its logger; neither is for our users.
     diffusers.utils.logging.disable_progress_bar()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    _refuse_conditional(diffusers.DiffusionPipeline.load_config(str(path), local_files_only=True), path)
+    _refuse_conditional(diffusers.DiffusionPipeline.load_config(str(path), local_files_only=True), path, argument)
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
     except Exception as error:
         pickled = [*path.rglob("*.bin"), *path.rglob("*.ckpt"), *path.rglob("*.pt")]
         if pickled and not list(path.rglob("*.safetensors")):
             raise InputError(
-                f"--model {path} holds only pickled weights ({pickled[0].name}), which can run code when loaded. "
+                f"--{argument} {path} holds only pickled weights ({pickled[0].name}), which can run code when loaded. "
                 "Convert them where you trust them: pipeline.save_pretrained(folder, safe_serialization=True)."
             ) from error
-        raise InputError(f"--model {path} could not be loaded by diffusers: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"--{argument} {path} could not be loaded by diffusers: {str(error).splitlines()[0]}"
+        ) from error
     denoiser_of(pipeline)
     return pipeline
 
 
-def _refuse_conditional(index: dict[str, Any], path: Path) -> None:
+def _refuse_conditional(index: dict[str, Any], path: Path, argument: str) -> None:
     parts = {name for name, value in index.items() if isinstance(value, list | tuple) and value[0] is not None}
     extra = sorted(parts - {"unet", "scheduler"})
     if "unet" not in parts or extra:
         raise InputError(
-            f"--model {path} is a {index.get('_class_name', 'pipeline')} with {', '.join(extra or sorted(parts))}, "
+            f"--{argument} {path} is a {index.get('_class_name', 'pipeline')} of {', '.join(extra or sorted(parts))}, "
             f"which is conditional or works in a latent space. Supported: {SUPPORTED}."
         )
 
@@ -127,3 +131,6 @@ def save_pipeline(pipeline: Any, path: Path) -> None:
     """Write a pipeline into `path`; a crash leaves the old files or the new ones."""
     with replacing_folder(path) as staged:
         pipeline.save_pretrained(str(staged), safe_serialization=True)
+        # diffusers leaves its weights readable by their writer alone.
+        for file in staged.rglob("*.safetensors"):
+            file.chmod(0o666 & ~current_umask())

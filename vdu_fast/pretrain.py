@@ -102,7 +102,7 @@ def build_unet(config: PretrainConfig, image_channels: int, size: int) -> nn.Mod
     up = ["AttnUpBlock2D" if config.attention else "UpBlock2D"] + ["UpBlock2D"] * (levels - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return UNet2DModel(
+        return UNet2DModel(  # type: ignore[return-value]
             sample_size=size,
             in_channels=image_channels,
             out_channels=image_channels,
@@ -226,6 +226,10 @@ def pretrain(
     """
     run = Pretraining(data, config)
     output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
+    if not resume:
+        # Checkpoints of the run that is overwritten must not mix with those of this one.
+        for old in (output / "checkpoints").glob("step-*.safetensors"):
+            old.unlink()
     settings = json.dumps(asdict(config) | {"data": data.name, "images": len(data)})
     if resume:
         state, metadata = load_tensors(output / STATE_FILE)

@@ -149,6 +149,8 @@ def unlearn(
     job = _check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
     if output is not None:
         job.output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
+        if not resume:
+            shutil.rmtree(job.output / "resume", ignore_errors=True)
     elif resume:
         raise InputError("resume needs the output folder of the interrupted run.")
     report = None
@@ -201,21 +203,16 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     if isinstance(bank, ReplayBank):
         bank.check_fits(job.denoiser, "bank")
         return bank
+    config, began = job.config, time.perf_counter()
+    how = {"sampler_steps": config.replay_sampler_steps, "states": config.replay_states, "seed": config.seed}
     path = Path(bank) if bank is not None else job.output / BANK_FILE if job.output is not None else None
     if path is not None and path.is_file():
         existing = ReplayBank.load(path)
         existing.check_fits(job.denoiser, f"--bank {path}")
+        existing.check_settings(f"--bank {path}", count=config.replay_samples, **how)
         return existing
-    config, began = job.config, time.perf_counter()
     job.observers.say(f"drawing {config.replay_samples} images from the model for the replay bank")
-    made = build_bank(
-        job.denoiser,
-        config.replay_samples,
-        sampler_steps=config.replay_sampler_steps,
-        states=config.replay_states,
-        seed=config.seed,
-        progress=job.observers.on_sample,
-    )
+    made = build_bank(job.denoiser, config.replay_samples, progress=job.observers.on_sample, **how)
     job.seconds["bank"] = time.perf_counter() - began
     if path is not None:
         made.save(path)
@@ -229,7 +226,7 @@ def _filter_bank(
     if config.bank_filter == "classifier":
         if classifier is None or forget_label is None:
             raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
-        keep, report = classifier_filter(bank.images, classifier, forget_label)
+        keep, report = classifier_filter(bank.images, classifier, forget_label, max_dropped=config.max_dropped)
     elif config.bank_filter == "positive_unlabelled":
         keep, report = positive_unlabelled_filter(
             job.denoiser,
@@ -284,10 +281,13 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
                 per_step = config.batch_size * config.accumulate * config.samples_per_step
                 rate = per_step * (run.step_number - first) / (time.perf_counter() - began)
                 job.observers.on_step(record | {"total": config.steps, "images_per_second": rate})
-    except (KeyboardInterrupt, InputError):
+    except (KeyboardInterrupt, InputError) as error:
         save()
         run.write_mean()
         run.arena.release()
+        if isinstance(error, InputError) and job.output is not None:
+            _write_model(job, job.output / "last-good")
+            raise InputError(f"{error} The weights before it are in {job.output / 'last-good'}.") from error
         raise
     job.seconds["unlearn"] = time.perf_counter() - began
     return reason
@@ -305,10 +305,14 @@ def _identity(run: UnlearningRun, job: _Job) -> str:
 
 def _write(result: UnlearnResult, job: _Job) -> None:
     assert job.output is not None
-    if isinstance(job.model, nn.Module):
-        save_tensors(job.output / "model.safetensors", job.model.state_dict())
-    else:
-        save_pipeline(job.model, job.output)
+    _write_model(job, job.output)
     record = result.record() | {"weights": fingerprint(job.denoiser.module), "forget_images": len(job.images)}
     write_json_atomic(job.output / "unlearn.json", record)
     shutil.rmtree(job.output / "resume", ignore_errors=True)
+
+
+def _write_model(job: _Job, folder: Path) -> None:
+    if isinstance(job.model, nn.Module):
+        save_tensors(folder / "model.safetensors", job.model.state_dict())
+    else:
+        save_pipeline(job.model, folder)

@@ -16,10 +16,10 @@ from rich.console import Console
 from vdu_fast.checkpoint import fingerprint, prepare_output
 from vdu_fast.classifier import ImageClassifier
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
-from vdu_fast.cli.runtime import load_data, load_model, running
+from vdu_fast.cli.runtime import load_data, running
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import Evaluation, EvaluationConfig, evaluate
-from vdu_fast.pipelines import Denoiser, denoiser_of
+from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
 from vdu_fast.progress import ProgressDisplay
 from vdu_fast.report import print_summary, write_report
 
@@ -68,7 +68,7 @@ def build_parser() -> CommandParser:
 def run(arguments: Namespace, command: list[str]) -> int:
     files, config = take(EvaluateFiles, arguments), take(EvaluationConfig, arguments)
     began = time.perf_counter()
-    output = prepare_output(files.output, overwrite=files.overwrite, resume=False, owned="")
+    output = prepare_output(files.output, overwrite=files.overwrite)
     with running(take(CommonOptions, arguments)) as display:
         before, after = (
             _model(path, flag, files.device) for path, flag in ((files.before, "before"), (files.after, "after"))
@@ -95,7 +95,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
 
 
 def _model(path: str, flag: str, device: str) -> Denoiser:
-    denoiser = denoiser_of(load_model(path, flag))
+    denoiser = denoiser_of(load_pipeline(path, argument=flag))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     denoiser.module.to(device)

@@ -10,10 +10,10 @@ from jsonargparse import Namespace
 
 from vdu_fast.checkpoint import load_state
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
-from vdu_fast.cli.runtime import load_model, running
+from vdu_fast.cli.runtime import running
 from vdu_fast.errors import InputError
 from vdu_fast.fisher import fisher_posterior
-from vdu_fast.pipelines import denoiser_of
+from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior, RunningMoments, check_enough
 from vdu_fast.progress import ProgressDisplay
 
@@ -128,7 +128,7 @@ def _from_checkpoints(paths: list[Path], arguments: Namespace, display: Progress
 
 def _from_model(files: PosteriorFiles, arguments: Namespace, display: ProgressDisplay) -> GaussianPosterior:
     assert files.model is not None
-    denoiser = denoiser_of(load_model(files.model, "model"))
+    denoiser = denoiser_of(load_pipeline(files.model))
     display.say(f"drawing {arguments.draws} images from the model, then as many gradients")
     done = 0
 

@@ -18,7 +18,6 @@ import torch
 from vdu_fast.cli.parser import CommonOptions
 from vdu_fast.data import ImageSet, Split, load_images
 from vdu_fast.errors import InputError
-from vdu_fast.pipelines import load_pipeline
 from vdu_fast.progress import ProgressDisplay
 
 
@@ -46,14 +45,6 @@ def running(common: CommonOptions) -> Iterator[ProgressDisplay]:
             yield display
         finally:
             logger.removeHandler(handler)
-
-
-def load_model(path: str, argument: str) -> Any:
-    """`load_pipeline`, with the name of the flag that the folder came by in its messages."""
-    try:
-        return load_pipeline(path)
-    except InputError as error:
-        raise InputError(str(error).replace("--model ", f"--{argument} ")) from error
 
 
 def load_data(data: str, *, split: Split, resize: int | None, channels: int | None, argument: str = "data") -> ImageSet:

@@ -13,9 +13,10 @@ from jsonargparse import Namespace
 from vdu_fast.checkpoint import write_json_atomic
 from vdu_fast.classifier import ImageClassifier
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
-from vdu_fast.cli.runtime import Interruption, load_forget_images, load_model, report_interruption, running
+from vdu_fast.cli.runtime import Interruption, load_forget_images, report_interruption, running
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
+from vdu_fast.pipelines import load_pipeline
 from vdu_fast.progress import unlearning_observers
 from vdu_fast.unlearner import STATE_FILE, UnlearnResult, unlearn
 
@@ -74,7 +75,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
     classifier, label = _filter_classifier(files, config)
     try:
         with running(take(CommonOptions, arguments)) as display, Interruption(display) as interruption:
-            pipeline = load_model(files.model, "model")
+            pipeline = load_pipeline(files.model)
             images = load_forget_images(files.forget, resize=files.resize, channels=files.image_channels)
             display.say(f"forgetting what {len(images)} images of {files.forget} show")
             result = unlearn(
