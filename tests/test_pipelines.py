@@ -127,7 +127,7 @@ def test_a_truncated_pipeline_is_refused(tmp_path):
 def test_a_conditional_or_latent_pipeline_is_refused_before_it_is_loaded(tmp_path, parts):
     index = {"_class_name": "SomePipeline", "scheduler": ["diffusers", "DDPMScheduler"], **parts}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"is a SomePipeline with .*Supported: unconditional pixel-space"):
+    with pytest.raises(InputError, match=r"is a SomePipeline of .*Supported: unconditional pixel-space"):
         load_pipeline(tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_a_run_leaves_pipeline_posterior_checkpoints_and_a_record(data, tmp_path
     parameters = dict(pipeline.unet.named_parameters())
     posterior = GaussianPosterior.load(out / "posterior.safetensors")
     posterior.check_fits(parameters)
-    assert all(torch.equal(posterior.mean[name], p) for name, p in parameters.items())
+    assert posterior.mean is None  # it is the model beside it
     checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert checkpoints == ["step-000006.safetensors", "step-000008.safetensors"]
     assert not (out / "resume").exists()
@@ -81,7 +81,7 @@ def test_the_posteriors_variance_is_that_of_the_kept_checkpoints(data, tmp_path)
     again = GaussianPosterior.from_checkpoints(sorted((out / "checkpoints").iterdir()))
     assert recorded.source["count"] == "4"
     for name in recorded.std:
-        assert torch.equal(recorded.std[name], again.std[name])
+        assert torch.equal(recorded.std[name], again.std[name].bfloat16().float())
 
 
 def test_training_lowers_the_loss(tmp_path):

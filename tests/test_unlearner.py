@@ -277,7 +277,7 @@ def test_an_interrupted_run_leaves_the_weights_reached_and_a_free_module(images,
     "change",
     [
         {"gamma": 0.4},
-        {"seed": 1},
+        {"timestep_window": (5, 40)},
         {"optimizer": "natural"},
         {"posterior": random_posterior(build_tiny(), seed=6)},
         {"images": torch.zeros(12, 1, 8, 8)},
@@ -357,6 +357,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(images, tmp_
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 6
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / STATE_FILE).is_file()
+    kept = load_file(tmp_path / "out" / "last-good" / "model.safetensors")
+    assert torch.equal(kept["decode.bias"], module.decode.bias)
 
 
 @pytest.mark.parametrize(
@@ -418,3 +420,21 @@ def test_the_result_can_be_saved_by_diffusers(images, tmp_path):
     unlearn(pipeline, images, posterior=random_posterior(pipeline.unet), config=small()).model.save_pretrained(tmp_path)
     assert torch.equal(weights(load_pipeline(Path(tmp_path))), weights(pipeline))
     assert denoiser_of(pipeline).sample_shape == (1, 8, 8)
+
+
+def test_a_bank_file_that_other_settings_would_have_made_is_refused(images, tmp_path):
+    path = tmp_path / "bank.safetensors"
+    unlearn_tiny(images, bank=path)
+    for change in ({"seed": 1}, {"replay_samples": 13}, {"replay_states": 2}, {"replay_sampler_steps": 5}):
+        with pytest.raises(InputError, match="holds a bank made with"):
+            unlearn_tiny(images, bank=path, **change)
+
+
+def test_overwriting_draws_a_bank_of_its_own(images, tmp_path):
+    out, drawn = tmp_path / "out", []
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(2)))
+    other = build_tiny()
+    nn.init.zeros_(other.time.bias)
+    unlearn_tiny(images, other, output=out, overwrite=True, observers=Observers(on_sample=drawn.append))
+    assert sum(drawn) == 12

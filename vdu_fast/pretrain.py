@@ -226,10 +226,6 @@ def pretrain(
     """
     run = Pretraining(data, config)
     output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
-    if not resume:
-        # Checkpoints of the run that is overwritten must not mix with those of this one.
-        for old in (output / "checkpoints").glob("step-*.safetensors"):
-            old.unlink()
     settings = json.dumps(asdict(config) | {"data": data.name, "images": len(data)})
     if resume:
         state, metadata = load_tensors(output / STATE_FILE)
