@@ -110,7 +110,7 @@ def test_release_gives_parameters_their_own_storage_and_old_flags():
     module = build_tiny()
     module.encode.bias.requires_grad_(False)
     arena = Arena(module, ["encode.*"])
-    assert module.encode.bias.requires_grad
+    assert not module.decode.weight.requires_grad
     arena.theta.mul_(2)
     loss_of(module).backward()
     after = copies(module)
@@ -121,6 +121,16 @@ def test_release_gives_parameters_their_own_storage_and_old_flags():
     assert all(p.grad is None for p in module.parameters())
     storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
     assert len(storages) == len(list(module.parameters()))
+
+
+def test_frozen_parameters_are_not_selected_and_all_frozen_is_refused():
+    module = build_tiny()
+    module.encode.bias.requires_grad_(False)
+    arena = Arena(module, ["encode.*"])
+    assert arena.names == ["encode.weight"]
+    arena.release()
+    with pytest.raises(InputError, match=r"all 1 parameters that match .* are frozen"):
+        Arena(module, ["encode.bias"])
 
 
 def test_flatten_lines_named_tensors_up_with_theta():

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import vdu_fast
-from tests.tiny import build_pipeline
+from tiny import build_pipeline
 from vdu_fast import PosteriorRecorder, UnlearnConfig
 from vdu_fast.posterior import GaussianPosterior
 

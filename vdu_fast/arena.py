@@ -14,13 +14,37 @@ from torch import Tensor, nn
 from vdu_fast.errors import InputError
 
 
+def select_parameters(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that may change, by name, each once even when it is tied.
+
+    Args:
+        module: the network.
+        patterns: shell patterns over parameter names ("*", "mid_block.*", "*.attentions.*"); a parameter that any of
+            them matches is selected, unless its requires_grad is False.
+
+    Raises:
+        InputError: nothing is left to select.
+    """
+    everything = dict(module.named_parameters())
+    matching = {n: p for n, p in everything.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+    if not matching:
+        shown = ", ".join(list(everything)[:5])
+        raise InputError(f"trainable: no parameter name matches {list(patterns)}; the names begin with {shown}, ...")
+    selected = {n: p for n, p in matching.items() if p.requires_grad}
+    if not selected:
+        raise InputError(
+            f"trainable: all {len(matching)} parameters that match {list(patterns)} are frozen; call "
+            "requires_grad_(True) on those that may change."
+        )
+    return selected
+
+
 class Arena:
     """Owns the storage of the selected parameters until `release`.
 
     Args:
         module: its parameters must share one device and one dtype.
-        patterns: shell patterns over parameter names ("*", "mid_block.*", "*.attentions.*"); a parameter that any of
-            them matches is trainable, all others are left as they are and get no gradient.
+        patterns: see `select_parameters`; all other parameters are left as they are and get no gradient.
 
     Attributes:
         names: selected parameter names, in the module's order; a tied parameter appears once.
@@ -31,12 +55,7 @@ class Arena:
 
     def __init__(self, module: nn.Module, patterns: Sequence[str] = ("*",)) -> None:
         everything = dict(module.named_parameters())
-        selected = {n: p for n, p in everything.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
-        if not selected:
-            shown = ", ".join(list(everything)[:5])
-            raise InputError(
-                f"trainable: no parameter name matches {list(patterns)}; the names begin with {shown}, ..."
-            )
+        selected = select_parameters(module, patterns)
         kinds = {(p.device, p.dtype) for p in selected.values()}
         if len(kinds) > 1:
             raise InputError(

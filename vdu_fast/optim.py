@@ -147,6 +147,10 @@ class VariationalWeights:
         std = self.log_std.exp()
         return grad * n * std + kl_weight * ((std / self.prior_std).square() - 1)
 
+    def gradient_norm(self, grad_z: Tensor) -> float:
+        """Norm of the gradient in the coordinates that the update rule moves: mu for "adam", z for the others."""
+        return float((grad_z / self.prior_std if self.rule.name == "adam" else grad_z).norm())
+
     def step(self, grad_z: Tensor, grad_log_std: Tensor | None = None) -> None:
         """Move z (and log sigma) by the update rule, given dL/dz and dL/dlog_std, float [d]."""
         lr = self.rule.learning_rate

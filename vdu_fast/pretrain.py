@@ -6,6 +6,7 @@ half of the constant part, its mean is the annealed average: a model that is not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -226,7 +227,8 @@ def pretrain(
     """
     run = Pretraining(data, config)
     output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
-    settings = json.dumps(asdict(config) | {"data": data.name, "images": len(data)})
+    pixels = hashlib.sha256(data.images.numpy().tobytes()).hexdigest()[:16]
+    settings = json.dumps(asdict(config) | {"data": data.name, "images": len(data), "pixels": pixels})
     if resume:
         state, metadata = load_tensors(output / STATE_FILE)
         if metadata["settings"] != settings:
@@ -272,17 +274,19 @@ def pretrain(
 def _finish(run: Pretraining, output: Path, data: ImageSet, seconds: float) -> None:
     from diffusers import DDPMPipeline
 
+    unet = run.averaged_unet().eval()
+    save_pipeline(DDPMPipeline(unet=unet, scheduler=run.scheduler), output)  # type: ignore[arg-type]
     posterior = run.recorder.posterior()
     # The mean is the model beside it, and ten checkpoints know a std to a quarter of its value: eight bits say it all.
     posterior.mean = None
     posterior.save(output / "posterior.safetensors", std_dtype=torch.bfloat16)
-    unet = run.averaged_unet().eval()
-    save_pipeline(DDPMPipeline(unet=unet, scheduler=run.scheduler), output)  # type: ignore[arg-type]
     record = {
         "settings": asdict(run.config),
         "data": {"name": data.name, "images": len(data)},
         "parameters": sum(p.numel() for p in unet.parameters()),
         "seconds_of_last_run": seconds,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "mean_loss_of_last_100_steps": sum(run.losses[-100:]) / len(run.losses[-100:]),
         "losses": [round(loss, 5) for loss in run.losses],
     }

@@ -67,16 +67,6 @@ class ReplayBank:
             raise InputError(f"--bank {path} is not a replay bank; remove it or name another file to have one made.")
         return cls(**tensors, made_from=json.loads(metadata["made_from"]))
 
-    def check_settings(self, path: Path | str, *, count: int, sampler_steps: int, states: int, seed: int) -> None:
-        """InputError unless this bank, found in a file, is the one that these settings would make."""
-        came = {"replay_samples": len(self)} | {n: int(self.made_from[n]) for n in ("sampler_steps", "states", "seed")}
-        wanted = {"replay_samples": count, "sampler_steps": sampler_steps, "states": states, "seed": seed}
-        if came != wanted:
-            raise InputError(
-                f"{path} holds a bank made with {came}, the settings ask for {wanted}. Use those it was made with, "
-                "or name another file to have a new one made."
-            )
-
     def check_fits(self, denoiser: Denoiser, path: Path | str = "the bank") -> None:
         """InputError unless this bank was drawn from exactly this model."""
         if self.made_from["model"] != fingerprint(denoiser.module):

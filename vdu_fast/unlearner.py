@@ -23,7 +23,7 @@ from vdu_fast.filters import FilterReport, classifier_filter, positive_unlabelle
 from vdu_fast.pipelines import Denoiser, denoiser_of, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
-from vdu_fast.unlearning import UnlearningRun
+from vdu_fast.unlearning import UnlearningRun, check_run
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class UnlearnResult:
         stopped_because: the reason in words.
         history: one record per step.
         filter_report: what the filter kept and dropped, or None without a bank.
+        bank: how many images the unfiltered bank had and what it was made with, or None.
         seconds: of "bank", "filter", "unlearn".
         config: the settings used.
     """
@@ -54,6 +55,7 @@ class UnlearnResult:
     stopped_because: str
     history: list[dict[str, float]]
     filter_report: FilterReport | None
+    bank: dict[str, Any] | None
     seconds: dict[str, float]
     config: UnlearnConfig
 
@@ -63,6 +65,7 @@ class UnlearnResult:
             "steps": self.steps,
             "weights_from_step": self.weights_from_step,
             "stopped_because": self.stopped_because,
+            "bank": self.bank,
             "filter": asdict(self.filter_report) if self.filter_report else None,
             "seconds": self.seconds,
             "settings": asdict(self.config),
@@ -153,15 +156,21 @@ def unlearn(
             shutil.rmtree(job.output / "resume", ignore_errors=True)
     elif resume:
         raise InputError("resume needs the output folder of the interrupted run.")
-    report = None
+    report = used = None
     kept: ReplayBank | None = None
     if config.replay_weight > 0:
         whole = _obtain_bank(job, bank)
+        used = whole.made_from | {"images": len(whole)}
         kept, report = _filter_bank(job, whole, classifier, forget_label)
     run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
-    reason = _drive(run, job, resume=resume)
-    step = run.finish()
-    result = UnlearnResult(model, run.step_number, step, reason, run.history, report, job.seconds, config)
+    try:
+        reason = _drive(run, job, resume=resume)
+        step = run.finish()
+    except BaseException:
+        run.write_mean()
+        run.release()
+        raise
+    result = UnlearnResult(model, run.step_number, step, reason, run.history, report, used, job.seconds, config)
     if job.output is not None:
         _write(result, job)
     return result
@@ -192,7 +201,7 @@ def _check_inputs(
     check_fits(named, sample_size=(height, width), channels=channels, argument="forget")
     if not isinstance(posterior, GaussianPosterior):
         posterior = GaussianPosterior.load(posterior)
-    posterior.check_fits({n: p for n, p in denoiser.module.named_parameters() if n in posterior.std} or {"?": images})
+    check_run(denoiser, posterior, config)
     cuda = config.device == "auto" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu" if config.device == "auto" else config.device
     denoiser.module.to(device)
@@ -209,7 +218,7 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     if path is not None and path.is_file():
         existing = ReplayBank.load(path)
         existing.check_fits(job.denoiser, f"--bank {path}")
-        existing.check_settings(f"--bank {path}", count=config.replay_samples, **how)
+        job.observers.say(f"using the replay bank in {path}: {len(existing)} images, {existing.made_from}")
         return existing
     job.observers.say(f"drawing {config.replay_samples} images from the model for the replay bank")
     made = build_bank(job.denoiser, config.replay_samples, progress=job.observers.on_sample, **how)
@@ -281,14 +290,15 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
                 per_step = config.batch_size * config.accumulate * config.samples_per_step
                 rate = per_step * (run.step_number - first) / (time.perf_counter() - began)
                 job.observers.on_step(record | {"total": config.steps, "images_per_second": rate})
-    except (KeyboardInterrupt, InputError) as error:
+    except KeyboardInterrupt:
         save()
-        run.write_mean()
-        run.arena.release()
-        if isinstance(error, InputError) and job.output is not None:
-            _write_model(job, job.output / "last-good")
-            raise InputError(f"{error} The weights before it are in {job.output / 'last-good'}.") from error
         raise
+    except InputError as error:
+        if job.output is None:
+            raise
+        run.write_mean()
+        _write_model(job, job.output / "last-good")
+        raise InputError(f"{error} The weights before it are in {job.output / 'last-good'}.") from error
     job.seconds["unlearn"] = time.perf_counter() - began
     return reason
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdu_fast.arena import Arena
+from vdu_fast.arena import Arena, select_parameters
 from vdu_fast.checkpoint import uninterrupted
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
@@ -21,6 +21,17 @@ from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.probe import NoisePredictionProbe, ReplayProbe, error_curve
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
+
+
+def check_run(denoiser: Denoiser, posterior: GaussianPosterior, config: UnlearnConfig) -> None:
+    """InputError when model, posterior and settings do not fit together; before any work is done."""
+    posterior.check_fits(select_parameters(denoiser.module, config.trainable))
+    if config.center == "posterior" and posterior.mean is None:
+        raise InputError("center 'posterior' needs a posterior with a mean, this one has none; use center 'model'.")
+    total = len(denoiser.schedule)
+    if config.timestep_window is not None and config.timestep_window[1] > total:
+        raise InputError(f"timestep_window {config.timestep_window} goes beyond the model's {total} timesteps.")
+    denoiser.schedule.timestep_weights(config.weighting)
 
 
 class UnlearningRun:
@@ -47,19 +58,14 @@ class UnlearningRun:
     ) -> None:
         self.denoiser, self.images, self.bank, self.config = denoiser, forget_images, bank, config
         total = len(denoiser.schedule)
+        check_run(denoiser, posterior, config)
         self.window = config.timestep_window or (0, total)
-        if self.window[1] > total:
-            raise InputError(f"timestep_window {self.window} goes beyond the model's {total} timesteps.")
         self.timestep_weights = denoiser.schedule.timestep_weights(config.weighting)
         self.arena = Arena(denoiser.module, config.trainable)
         # Dropout would draw from a generator that no resumed run can restore.
         self._training = denoiser.module.training
         denoiser.module.eval()
-        try:
-            self.weights = self._variational_weights(posterior)
-        except InputError:
-            self.release()
-            raise
+        self.weights = self._variational_weights(posterior)
         self._scales()
         probe: dict[str, Any] = {"size": config.check_size, "seed": config.seed, "weights": self.timestep_weights}
         self.forget_probe = NoisePredictionProbe(denoiser, forget_images, window=self.window, **probe)
@@ -78,17 +84,13 @@ class UnlearningRun:
 
     def _variational_weights(self, posterior: GaussianPosterior) -> VariationalWeights:
         config = self.config
-        posterior.check_fits(self.arena.named_shapes())
         std = self.arena.flatten(posterior.std)
         if config.sharpen != 1:
             rms = std.square().mean().sqrt()
             std = std * (std / rms) ** (config.sharpen - 1)
         center = self.arena.theta.to(self.arena.state_dtype, copy=True)
         if config.center == "posterior":
-            if posterior.mean is None:
-                raise InputError(
-                    "center 'posterior' needs a posterior with a mean, this one has none; use center 'model'."
-                )
+            assert posterior.mean is not None
             center = self.arena.flatten(posterior.mean)
         rule = UpdateRule(config.optimizer, config.learning_rate, config.momentum)
         return VariationalWeights(center, std, rule, family=config.family, learn_std=config.learn_std)
@@ -132,7 +134,7 @@ class UnlearningRun:
                 gradient = self.weights.std_gradient(grad, self.kl_weight, config.seed, draw)
                 grad_std.add_(gradient, alpha=1 / passes)
         totals["loss"] += self.kl_weight * kl
-        norm = float(grad_z.norm())
+        norm = self.weights.gradient_norm(grad_z)
         if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
             raise self._not_finite(f"the loss became {totals['loss']} (gradient norm {norm})", self.step_number + 1)
         self._last_good.copy_(self.weights.z)
