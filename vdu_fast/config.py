@@ -28,6 +28,7 @@ class UnlearnConfig:
         learning_rate: in posterior standard deviations per step for the natural rules, in weight units for "adam".
         momentum: of "natural" and "natural_sign".
         steps: optimizer steps at most; a guard may stop earlier.
+        anneal: share of the steps, at their end, over which the learning rate falls linearly to zero; 0 is never.
         batch_size: forget images per step.
         replay_batch_size: replayed states per step.
         accumulate: minibatches averaged into one step.
@@ -69,16 +70,17 @@ class UnlearnConfig:
     learning_rate: float = 0.02
     momentum: float = 0.0
     steps: int = 100
+    anneal: float = 0.5
     batch_size: int = 64
     replay_batch_size: int = 64
     accumulate: int = 1
     gamma: float = 0.05
-    replay_weight: float = 5.0
+    replay_weight: float = 8.0
     reduction: ObjectiveReduction = "mean"
     weighting: TimestepWeighting = "simple"
     timestep_window: tuple[int, int] | None = None
     saturation: Saturation = "hinge"
-    hinge_ratio: float = 4.0
+    hinge_ratio: float = 3.0
     npo_beta: float = 1.0
     target_ratio: float | None = None
     trust_region: float | None = None
@@ -136,6 +138,8 @@ class UnlearnConfig:
             raise InputError(f"target_ratio must be above 1, the forget loss at the start, got {self.target_ratio}.")
         if not (math.isfinite(self.replay_weight) and self.replay_weight >= 0):
             raise InputError(f"replay_weight must be 0 or a positive number, got {self.replay_weight}.")
+        if not 0 <= self.anneal <= 1:
+            raise InputError(f"anneal must be in [0, 1], the share of the steps that is annealed, got {self.anneal}.")
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum must be in [0, 1), got {self.momentum}.")
         if not 0 < self.max_dropped < 1:

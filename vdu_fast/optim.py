@@ -151,16 +151,17 @@ class VariationalWeights:
         """Norm of the gradient in the coordinates that the update rule moves: mu for "adam", z for the others."""
         return float((grad_z / self.prior_std if self.rule.name == "adam" else grad_z).norm())
 
-    def step(self, grad_z: Tensor, grad_log_std: Tensor | None = None) -> None:
-        """Move z (and log sigma) by the update rule, given dL/dz and dL/dlog_std, float [d]."""
-        lr = self.rule.learning_rate
+    def step(self, grad_z: Tensor, grad_log_std: Tensor | None = None, *, scale: float = 1.0) -> None:
+        """Move z (and log sigma) at `scale` times the rate of the rule, given dL/dz and dL/dlog_std, float [d]."""
+        lr = scale * self.rule.learning_rate
         if self.rule.name == "adam":
             self.z.sub_(self.moments.direction(grad_z / self.prior_std) / self.prior_std, alpha=lr)
         else:
             self.z.sub_(self.moments.direction(grad_z), alpha=lr)
         if self.log_std is not None and grad_log_std is not None:
             assert self.std_moments is not None
-            self.log_std.sub_(self.std_moments.direction(grad_log_std), alpha=self.std_moments.rule.learning_rate)
+            std_lr = scale * self.std_moments.rule.learning_rate
+            self.log_std.sub_(self.std_moments.direction(grad_log_std), alpha=std_lr)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What changes during unlearning, as flat tensors; mu* and sigma* come from model and posterior."""

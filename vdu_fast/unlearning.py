@@ -140,7 +140,7 @@ class UnlearningRun:
         self._last_good.copy_(self.weights.z)
         if config.max_gradient_norm is not None and norm > config.max_gradient_norm:
             grad_z.mul_(config.max_gradient_norm / norm)
-        self.weights.step(grad_z, grad_std)
+        self.weights.step(grad_z, grad_std, scale=self._annealing())
         self.step_number += 1
         record = {"step": float(self.step_number), **totals, "penalty": kl / self.arena.numel, "gradient_norm": norm}
         if self.step_number % config.check_every == 0 or self.step_number == config.steps:
@@ -161,6 +161,11 @@ class UnlearningRun:
             f"{what} at step {step}; the last weights with a finite loss are kept. Lower learning_rate, or bound the "
             "forget term with saturation 'hinge'."
         )
+
+    def _annealing(self) -> float:
+        """Factor of the learning rate: 1, then falling linearly towards 0 over the last part of the steps."""
+        falling = self.config.anneal * self.config.steps
+        return min(1.0, (self.config.steps - self.step_number) / falling) if falling > 0 else 1.0
 
     def _network_gradient(self, draw: int, *, forgetting: bool) -> tuple[dict[str, float], Tensor]:
         """Losses and dL/dtheta of the terms that pass through the network, at the weights in the arena."""
