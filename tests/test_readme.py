@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import build_pipeline
 from torch import nn
 
 import vdu_fast
-from tiny import build_pipeline
 from vdu_fast import PosteriorRecorder, UnlearnConfig
 from vdu_fast.posterior import GaussianPosterior
 

@@ -210,11 +210,28 @@ def test_a_run_without_target_does_all_steps(images):
     assert run.stop_reason() == "all 3 steps done"
 
 
+def test_annealing_lowers_the_rate_over_the_last_part_of_the_steps(images, bank):
+    runs = [
+        start(images, bank, optimizer="natural_sign", gamma=0.0, steps=4, anneal=anneal, learning_rate=0.1)
+        for anneal in (0.0, 0.5, 1.0)
+    ]
+    moved = []
+    for run in runs:
+        lengths = []
+        for _ in range(4):
+            before = run.weights.z.clone()
+            run.step()
+            lengths.append(float((run.weights.z - before).abs().max()))
+        moved.append(lengths)
+        run.release()
+    for lengths, factors in zip(moved, ([1, 1, 1, 1], [1, 1, 1, 0.5], [1, 0.75, 0.5, 0.25]), strict=True):
+        assert lengths == pytest.approx([0.1 * factor for factor in factors], rel=1e-4)
+
+
 def test_rollback_ends_with_the_checked_state_of_the_best_objective(images, bank):
     # A rate at which the run overshoots: the best state is neither the last nor the first.
-    run = start(
-        images, bank, learning_rate=1.0, rollback=True, check_every=1, steps=12, replay_weight=20.0, replay_batch_size=8
-    )
+    overshooting = {"learning_rate": 1.0, "anneal": 0.0, "hinge_ratio": 4.0, "steps": 12}
+    run = start(images, bank, rollback=True, check_every=1, replay_weight=20.0, replay_batch_size=8, **overshooting)
     states = {}
     while run.stop_reason() is None if run.history else True:
         run.step()

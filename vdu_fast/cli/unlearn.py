@@ -140,8 +140,7 @@ def _print_result(files: UnlearnFiles, result: UnlearnResult) -> None:
     seconds = ", ".join(f"{name} {value:.1f}s" for name, value in result.seconds.items())
     print(f"Done after {result.steps} steps: {result.stopped_because} ({seconds}).")
     print(f"Wrote the pipeline to {files.output}. To measure what it forgot and what it kept:")
-    data, _, label = files.forget.partition(":")
     print(
-        f"  vdu-fast evaluate --before {files.model} --after {files.output} --data {data} "
-        f"--forget {label or 'CLASS'} --output DIR"
+        f"  vdu-fast evaluate --before {files.model} --after {files.output} --data LABELLED_DATA --forget CLASS "
+        "--output DIR"
     )
