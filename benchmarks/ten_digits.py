@@ -54,7 +54,7 @@ def row(digit: int, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| forget | drawn before, after | PUL | u-FID before | u-FID after | oracle | after / oracle | least kept share |",
+        "| forget | drawn before, after | PUL | u-FID before | u-FID after | oracle | after / oracle | least kept |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny import build_pipeline, random_posterior
 
 import vdu_fast
+from vdu_fast.checkpoint import fingerprint
 from vdu_fast.classifier import ImageClassifier
 from vdu_fast.cli import COMMANDS, main
+from vdu_fast.cli.evaluate import _judged_by_its_filter
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.pipelines import denoiser_of, load_pipeline
@@ -193,7 +195,7 @@ class TestCommands:
         assert code == 0, err
         assert "KL/weight" in err
         assert bank.is_file()
-        assert f"vdu-fast evaluate --before {trained} --after {unlearned} --data digits --forget 3" in out
+        assert f"vdu-fast evaluate --before {trained} --after {unlearned} --data LABELLED_DATA --forget CLASS" in out
         assert contents(trained) == before
         assert load_pipeline(unlearned).unet.config.sample_size == 8
 
@@ -234,6 +236,18 @@ class TestCommands:
         )
         assert code == 0, err
         assert "judges its own work" in " ".join((out + err).split())
+        assert "took no part" not in (tmp_path / "report" / "report.html").read_text()
+
+    def test_a_judge_from_the_seed_of_the_filter_is_known_without_its_file(self):
+        filter_classifier, judge = (ImageClassifier(1, (8, 8), ("a", "b")) for _ in range(2))
+        record = {"weights": fingerprint(filter_classifier), "seed": 4321}
+        unlearned = {"inputs": {"filter_classifier": record}}
+        assert _judged_by_its_filter(filter_classifier, unlearned)
+        judge.seed = 4321
+        assert _judged_by_its_filter(judge, unlearned)
+        judge.seed = 5
+        assert not _judged_by_its_filter(judge, unlearned)
+        assert not _judged_by_its_filter(judge, {})
 
     def test_evaluation_writes_the_classifier_it_trained(self, cli, model, tmp_path):
         generator = np.random.default_rng(0)
@@ -269,6 +283,17 @@ class TestCommands:
         code, _, err = cli("posterior", "--checkpoints", folder, "--output", output, "--shrink", 0)
         assert code == 0, err
         assert torch.allclose(load_file(output)["std.w"], torch.tensor([2.0, 8.0]).sqrt())
+
+    def test_a_pipeline_folder_as_checkpoint_is_its_unet_and_not_the_posterior_beside_it(self, cli, model, tmp_path):
+        other = build_pipeline()
+        with torch.no_grad():
+            for parameter in other.unet.parameters():
+                parameter.add_(0.01)
+        other.save_pretrained(str(tmp_path / "other"))
+        output = tmp_path / "posterior.safetensors"
+        code, _, err = cli("posterior", "--checkpoints", model, tmp_path / "other", "--output", output)
+        assert code == 0, err
+        assert set(GaussianPosterior.load(output).std) == {name for name, _ in other.unet.named_parameters()}
 
     def test_flat_folder_is_forgotten_whole(self, cli, unlearn, tmp_path):
         code, _, err = cli(*unlearn(forget=pictures(tmp_path / "unwanted", count=10)))
@@ -336,6 +361,7 @@ class TestBadInput:
         assert "--resize 8" in message
         message = refused(*new(forget=pictures(tmp_path / "colour", mode="RGB")))
         assert "3 channel" in message
+        assert "--image_channels 1" in message
         mixed = pictures(tmp_path / "mixed")
         Image.new("L", (9, 9)).save(mixed / "odd.png")
         assert "--resize" in refused(*new(forget=mixed))
@@ -422,6 +448,18 @@ class TestBadInput:
         existing.write_bytes(b"mine")
         assert "--overwrite" in refused("posterior", "--fisher", "--model", model, "--output", existing)
         assert existing.read_bytes() == b"mine"
+
+    def test_device_that_is_not_here(self, refused, new, tmp_path):
+        assert "device 'no-such-device' cannot be used here" in refused(*new(device="no-such-device"))
+        assert not (tmp_path / "new").exists()
+
+    def test_folder_where_a_file_is_meant_and_file_where_a_folder(self, refused, new, model, tmp_path):
+        assert "is a folder" in refused(*new(bank=tmp_path))
+        flags = ["--before", model, "--after", model, "--data", "digits", "--forget", "3"]
+        message = refused("evaluate", *flags, "--output", tmp_path / "new", "--classifier", tmp_path, *TINY_EVALUATE)
+        assert "is a folder" in message
+        (tmp_path / "file").touch()
+        assert "Not a directory" in refused(*new(output=tmp_path / "file" / "out"))
 
     def test_resume_without_a_run(self, refused, new):
         assert "nothing to resume" in refused(*new(), "--resume")

@@ -21,6 +21,10 @@ def test_a_window_read_from_json_is_a_tuple_again():
     assert UnlearnConfig(timestep_window=[200, 700]).timestep_window == (200, 700)
 
 
+def test_a_lone_pattern_is_one_pattern():
+    assert UnlearnConfig(trainable="mid_block.*").trainable == ["mid_block.*"]
+
+
 @pytest.mark.parametrize("gamma", [-0.1, 1.0, 1.5, math.nan])
 def test_gamma_outside_0_to_1_is_refused(gamma):
     with pytest.raises(InputError, match=rf"gamma must be in \[0, 1\), got {gamma}"):
@@ -35,6 +39,10 @@ def test_gamma_may_be_zero_and_almost_one(gamma):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"optimizer": "Adam"}, "optimizer must be one of natural, natural_sign, natural_adam, adam, got 'Adam'"),
+        ({"saturation": "Hinge"}, "saturation must be one of none, hinge, npo"),
+        ({"bank_filter": "pu"}, "bank_filter must be one of positive_unlabelled, classifier, none"),
+        ({"precision": "bf16"}, "precision must be one of float32, bfloat16"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
         ({"accumulate": 0}, "accumulate must be at least 1"),

@@ -629,7 +629,7 @@ def test_check_fits():
         check_fits(images, sample_size=8, channels=3)
     with pytest.raises(InputError, match=r"takes 10x12\. --resize makes squares only"):
         check_fits(images, sample_size=(10, 12), channels=3)
-    with pytest.raises(InputError, match=r"^forget 'pictures': .* 3 channel.* takes 1\. Load them with channels=1"):
+    with pytest.raises(InputError, match=r"^forget 'pictures': .* 3 channel.* takes 1\. Pass --image_channels 1"):
         check_fits(images, sample_size=None, channels=1, argument="forget")
     with pytest.raises(InputError, match=r"takes 4\. Pass an .npz"):
         check_fits(images, sample_size=None, channels=4)

@@ -12,7 +12,7 @@ from torch import nn
 
 from vdu_fast.checkpoint import fingerprint
 from vdu_fast.errors import InputError
-from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, save_pipeline
+from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device, save_pipeline
 
 SHAPE = (1, 8, 8)
 
@@ -147,6 +147,15 @@ def test_a_class_conditional_unet_is_refused():
     )
     with pytest.raises(InputError, match="has a conditional UNet2DModel"):
         denoiser_of(DDPMPipeline(unet=unet, scheduler=DDPMScheduler(10)))
+
+
+def test_a_device_is_taken_by_name_and_auto_leaves_a_module_on_its_accelerator():
+    module = torch.nn.Linear(1, 1)
+    assert pick_device("cpu", module).type == "cpu"
+    assert pick_device("auto", module.to("meta")).type == "meta"
+    for name in ("no-such-device", "hpu", "cuda:99"):
+        with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
+            pick_device(name, module)
 
 
 def test_something_without_unet_or_without_size_is_refused():

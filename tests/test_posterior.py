@@ -313,6 +313,26 @@ def test_a_restored_recorder_goes_on_exactly():
         assert torch.equal(second.posterior().mean[name], whole.mean[name])
 
 
+def test_a_restored_recorder_lies_where_its_module_does():
+    recorder = PosteriorRecorder(build_tiny(), every=1)
+    recorder.step()
+    elsewhere = PosteriorRecorder(build_tiny().to("meta"), every=1)
+    elsewhere.load_state_dict(recorder.state_dict())
+    assert {t.device.type for t in [*elsewhere.moments.mean.values(), *elsewhere.moments.squares.values()]} == {"meta"}
+
+
+def test_frozen_parameters_are_not_recorded():
+    module = build_tiny()
+    module.time.weight.requires_grad_(False)
+    recorder = PosteriorRecorder(module, every=1)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1e-3 * parameter.requires_grad * torch.randn_like(parameter))
+        recorder.step()
+    assert set(recorder.posterior().std) == {n for n, p in module.named_parameters() if p.requires_grad}
+
+
 def test_a_recorder_must_record():
     with pytest.raises(InputError, match="every must be at least 1, got 0"):
         PosteriorRecorder(build_tiny(), every=0)

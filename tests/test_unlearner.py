@@ -404,6 +404,31 @@ def test_a_classifier_filter_needs_classifier_and_label(images):
         unlearn_tiny(images, bank_filter="classifier")
 
 
+@pytest.mark.parametrize(
+    ("settings", "count", "says"),
+    [
+        ({"bank_filter": "positive_unlabelled", "feature_module": "encode"}, 7, "at least 8 forget images, got 7"),
+        ({"bank_filter": "positive_unlabelled"}, 12, "no such submodule"),
+        ({"bank_filter": "classifier"}, 12, "needs classifier="),
+        ({"replay_batch_size": 64}, 12, "fewer than replay_batch_size 64"),
+    ],
+)
+def test_what_the_bank_cannot_serve_is_refused_before_it_is_drawn(images, tmp_path, settings, count, says):
+    drawn, out = [], tmp_path / "out"
+    with pytest.raises(InputError, match=says):
+        unlearn_tiny(images[:count], output=out, observers=Observers(on_sample=drawn.append), **settings)
+    assert drawn == []
+    assert not out.exists()
+
+
+def test_a_model_with_nan_is_refused(images):
+    module = build_tiny()
+    posterior = random_posterior(module)
+    nn.init.constant_(module.time.bias, math.nan)
+    with pytest.raises(InputError, match=r"the model's time\.bias holds NaN"):
+        unlearn_tiny(images, module, posterior=posterior)
+
+
 def test_too_small_a_bank_is_refused(images):
     with pytest.raises(InputError, match=r"fewer than replay_batch_size 64"):
         unlearn_tiny(images, replay_batch_size=64)

@@ -110,7 +110,8 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_dir():
         return load_tensors(path)[0]
-    for candidate in (path, path / "unet", path / "model"):
+    # A pipeline's weights lie in its unet/; what lies beside that folder (a posterior, a bank) is something else.
+    for candidate in (path / "unet", path / "model", path):
         found = sorted(candidate.glob("*.safetensors")) if candidate.is_dir() else []
         if len(found) == 1:
             return load_tensors(found[0])[0]

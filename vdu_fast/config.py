@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from vdu_fast.errors import InputError
 from vdu_fast.objective import ObjectiveReduction, Saturation
@@ -103,6 +103,10 @@ class UnlearnConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            if get_origin(annotation) is Literal and getattr(self, name) not in get_args(annotation):
+                accepted = ", ".join(get_args(annotation))
+                raise InputError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}.")
         if not 0 <= self.gamma < 1:
             raise InputError(
                 f"gamma must be in [0, 1), got {self.gamma}: at 0 no weight is tied, near 1 nothing is forgotten."
@@ -154,4 +158,5 @@ class UnlearnConfig:
                 raise InputError(
                     f"timestep_window must be [low, high) with 0 <= low < high, got {self.timestep_window}."
                 )
-        self.trainable = list(self.trainable)
+        # list() would take a lone pattern apart, and the "*" in it would then match everything.
+        self.trainable = [self.trainable] if isinstance(self.trainable, str) else list(self.trainable)

@@ -152,7 +152,7 @@ def check_fits(
     have_channels, *have_size = images.images.shape[1:]
     if have_channels != channels:
         remedy = (
-            f"Load them with channels={channels}, which converts between gray and colour"
+            f"Pass --image_channels {channels} (channels={channels} in Python), which converts between gray and colour"
             if channels in (1, 3)
             else f"Pass an .npz whose images have {channels} channels"
         )

@@ -121,12 +121,7 @@ def positive_unlabelled_filter(
     Raises:
         InputError: too few forget images, or no such submodule.
     """
-    if len(forget_images) < 8:
-        raise InputError(
-            f"the positive_unlabelled filter needs at least 8 forget images, got {len(forget_images)}. Give more, or "
-            "use bank_filter 'classifier', or 'none' if the model hardly ever draws what must go."
-        )
-    module = find_feature_module(denoiser.module, feature_module)
+    module = check_positive_unlabelled(denoiser, forget_images, feature_module)
     bank = middle_features(denoiser, bank_images, module)
     forget = middle_features(denoiser, forget_images, module)
     both = torch.cat([bank, forget])
@@ -137,6 +132,16 @@ def positive_unlabelled_filter(
     suspected, limited = _at_most(max_dropped, scores >= median - TOLERANCE * spread, scores)
     report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), share, limited)
     return ~suspected, report
+
+
+def check_positive_unlabelled(denoiser: Denoiser, forget_images: Tensor, feature_module: str | None) -> nn.Module:
+    """The submodule that the filter reads; InputError when the filter cannot work. Needs no bank, so ask it first."""
+    if len(forget_images) < 8:
+        raise InputError(
+            f"the positive_unlabelled filter needs at least 8 forget images, got {len(forget_images)}. Give more, or "
+            "use bank_filter 'classifier', or 'none' if the model hardly ever draws what must go."
+        )
+    return find_feature_module(denoiser.module, feature_module)
 
 
 def _score(bank: Tensor, forget: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -127,6 +127,26 @@ def denoiser_of(pipeline: Any) -> Denoiser:
     return Denoiser(unet, scheduler, (config.in_channels, height, width))
 
 
+def pick_device(name: str, module: nn.Module) -> torch.device:
+    """The device of that name; "auto" is the accelerator that the module is on already, else CUDA where there is one.
+
+    Raises:
+        InputError: torch knows no such device, or there is none here.
+    """
+    if name == "auto":
+        here = next(module.parameters()).device
+        return here if here.type != "cpu" or not torch.cuda.is_available() else torch.device("cuda")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}). Use 'auto' or 'cpu'; "
+            "`vdu-fast doctor` lists the devices."
+        ) from error
+    return device
+
+
 def save_pipeline(pipeline: Any, path: Path) -> None:
     """Write a pipeline into `path`; a crash leaves the old files or the new ones."""
     with replacing_folder(path) as staged:

@@ -212,7 +212,7 @@ class PosteriorRecorder:
     network: `recorder.posterior(mean=model)`.
 
     Args:
-        module: the network that is trained.
+        module: the network that is trained; parameters that do not require a gradient are left out.
         every: record at every `every`-th call of `step`, counting from `start`.
         start: calls to skip first, while training is far from its end.
     """
@@ -229,7 +229,8 @@ class PosteriorRecorder:
         self.calls += 1
         due = self.calls > self.start and (self.calls - self.start) % self.every == 0
         if due:
-            self.moments.update(dict(self.module.named_parameters()), label=f"training step {self.calls}")
+            trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            self.moments.update(trained, label=f"training step {self.calls}")
         return due
 
     def posterior(
@@ -251,10 +252,11 @@ class PosteriorRecorder:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
+        device = next(self.module.parameters()).device  # a state read from a file lies on the CPU
         self.calls, self.moments.count = (int(v) for v in state["counts"])
         self.moments._apart = float(state["apart"])
-        self.moments.mean = {name[5:]: t.clone() for name, t in state.items() if name.startswith("mean.")}
-        self.moments.squares = {name[8:]: t.clone() for name, t in state.items() if name.startswith("squares.")}
+        self.moments.mean = {n[5:]: t.to(device, copy=True) for n, t in state.items() if n.startswith("mean.")}
+        self.moments.squares = {n[8:]: t.to(device, copy=True) for n, t in state.items() if n.startswith("squares.")}
 
 
 def check_enough(paths: Sequence[Path | str]) -> None:

@@ -19,8 +19,13 @@ from vdu_fast.checkpoint import fingerprint, load_tensors, prepare_output, save_
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet, check_fits
 from vdu_fast.errors import InputError
-from vdu_fast.filters import FilterReport, classifier_filter, positive_unlabelled_filter
-from vdu_fast.pipelines import Denoiser, denoiser_of, save_pipeline
+from vdu_fast.filters import (
+    FilterReport,
+    check_positive_unlabelled,
+    classifier_filter,
+    positive_unlabelled_filter,
+)
+from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
 from vdu_fast.unlearning import UnlearningRun, check_run
@@ -150,6 +155,8 @@ def unlearn(
     """
     config = config or UnlearnConfig()
     job = _check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
+    if config.replay_weight > 0:
+        _check_replay(job, bank, classifier, forget_label)
     if output is not None:
         job.output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
         if not resume:
@@ -202,10 +209,29 @@ def _check_inputs(
     if not isinstance(posterior, GaussianPosterior):
         posterior = GaussianPosterior.load(posterior)
     check_run(denoiser, posterior, config)
-    cuda = config.device == "auto" and torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu" if config.device == "auto" else config.device
-    denoiser.module.to(device)
+    for name, parameter in denoiser.module.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"the model's {name} holds NaN or infinity; give an intact model.")
+    denoiser.module.to(pick_device(config.device, denoiser.module))
     return _Job(model, denoiser, images.float(), posterior, config, observers, None)
+
+
+def _check_replay(
+    job: _Job, bank: ReplayBank | str | Path | None, classifier: nn.Module | None, forget_label: int | None
+) -> None:
+    """InputError when the bank cannot be made, kept or filtered: asked before the minutes that drawing it takes."""
+    config = job.config
+    if isinstance(bank, str | Path) and Path(bank).is_dir():
+        raise InputError(f"--bank {bank} is a folder; name a .safetensors file in it.")
+    if bank is None and config.replay_samples < config.replay_batch_size:
+        raise InputError(
+            f"replay_samples {config.replay_samples} is fewer than replay_batch_size {config.replay_batch_size}. "
+            "Raise the one or lower the other."
+        )
+    if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
+        raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
+    if config.bank_filter == "positive_unlabelled":
+        check_positive_unlabelled(job.denoiser, job.images, config.feature_module)
 
 
 def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
@@ -233,8 +259,8 @@ def _filter_bank(
 ) -> tuple[ReplayBank, FilterReport]:
     config, began = job.config, time.perf_counter()
     if config.bank_filter == "classifier":
-        if classifier is None or forget_label is None:
-            raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
+        assert classifier is not None
+        assert forget_label is not None
         keep, report = classifier_filter(bank.images, classifier, forget_label, max_dropped=config.max_dropped)
     elif config.bank_filter == "positive_unlabelled":
         keep, report = positive_unlabelled_filter(

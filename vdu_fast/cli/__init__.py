@@ -51,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         # The user's disk, not our mistake; any other system error deserves its traceback.
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        full = (errno.ENOSPC, errno.EDQUOT)
+        place = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+        if error.errno not in full + place:
             raise
-        return _fail(f"{error.filename or 'writing'}: {error.strerror}. Free some space, or name another folder.")
+        remedy = "Free some space, or name another folder" if error.errno in full else "Name another place"
+        return _fail(f"{error.filename or 'writing'}: {error.strerror}. {remedy}.")
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130

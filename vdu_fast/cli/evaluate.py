@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
@@ -19,7 +17,7 @@ from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, ta
 from vdu_fast.cli.runtime import load_data, running
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import Evaluation, EvaluationConfig, evaluate
-from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
+from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.progress import ProgressDisplay
 from vdu_fast.report import print_summary, write_report
 
@@ -68,6 +66,8 @@ def build_parser() -> CommandParser:
 def run(arguments: Namespace, command: list[str]) -> int:
     files, config = take(EvaluateFiles, arguments), take(EvaluationConfig, arguments)
     began = time.perf_counter()
+    if files.classifier is not None and Path(files.classifier).is_dir():
+        raise InputError(f"--classifier {files.classifier} is a folder; name a .safetensors file in it.")
     output = prepare_output(files.output, overwrite=files.overwrite)
     with running(take(CommonOptions, arguments)) as display:
         before, after = (
@@ -75,10 +75,11 @@ def run(arguments: Namespace, command: list[str]) -> int:
         )
         unlearned = read_unlearning(Path(files.after), after, display)
         evaluation = _evaluate(files, config, before, after, display)
-        if _judged_by_its_filter(files, unlearned):
+        if _judged_by_its_filter(evaluation.classifier, unlearned):
+            evaluation.metrics["classifier"]["took_part"] = True
             evaluation.metrics["warnings"].append(
-                f"the classifier {files.classifier} also filtered the replay bank of this run: it judges its own work. "
-                "Name another file with --classifier, and one is trained."
+                "the classifier, or one trained from the same seed, also filtered the replay bank of this run: it "
+                "judges its own work. Have another one trained: leave --classifier out and change --classifier_seed."
             )
     seconds = dict(unlearned.get("seconds", {})) | {"evaluate": time.perf_counter() - began}
     metrics = write_report(
@@ -96,9 +97,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
 
 def _model(path: str, flag: str, device: str) -> Denoiser:
     denoiser = denoiser_of(load_pipeline(path, argument=flag))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser.module.to(device)
+    denoiser.module.to(pick_device(device, denoiser.module))
     return denoiser
 
 
@@ -145,8 +144,10 @@ def read_unlearning(folder: Path, after: Denoiser, display: ProgressDisplay) -> 
     return record
 
 
-def _judged_by_its_filter(files: EvaluateFiles, unlearned: dict[str, Any]) -> bool:
+def _judged_by_its_filter(judge: ImageClassifier, unlearned: dict[str, Any]) -> bool:
+    """Whether the judge filtered the bank too, or comes from the seed of what did: the same data give the same one."""
     filtered_by = unlearned.get("inputs", {}).get("filter_classifier")
-    if filtered_by is None or files.classifier is None:
+    if filtered_by is None:
         return False
-    return hashlib.sha256(Path(files.classifier).read_bytes()).hexdigest() == filtered_by["sha256"]
+    same_seed = judge.seed is not None and judge.seed == filtered_by.get("seed")
+    return same_seed or fingerprint(judge) == filtered_by.get("weights")

@@ -107,7 +107,8 @@ def expand_checkpoints(paths: list[str]) -> list[Path]:
             raise InputError(
                 f"--checkpoints {path} does not exist; give .safetensors files, or folders that hold them."
             )
-        inside = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+        pipeline = (path / "model_index.json").is_file()
+        inside = sorted(path.glob("*.safetensors")) if path.is_dir() and not pipeline else []
         pickles = [file for pattern in _PICKLES for file in sorted(path.glob(pattern))] if path.is_dir() else []
         if pickles and not inside:
             # As for a pickle given by name: the loader's own message says how to convert it.

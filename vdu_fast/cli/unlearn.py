@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from vdu_fast.checkpoint import write_json_atomic
+from vdu_fast.checkpoint import fingerprint, write_json_atomic
 from vdu_fast.classifier import ImageClassifier
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
 from vdu_fast.cli.runtime import Interruption, load_forget_images, report_interruption, running
@@ -33,7 +32,7 @@ class UnlearnFiles:
         output: folder for the new pipeline and unlearn.json.
         bank: replay bank file; read when it exists, otherwise made and written there for the next request.
         filter_classifier: with --bank_filter classifier, the classifier's file (`vdu-fast evaluate --classifier` writes
-            one; judge the result with another).
+            one; judge the result with another, from another --classifier_seed).
         forget_label: with --filter_classifier, name or number of the class that must go.
         overwrite: accept an output folder that is not empty.
         resume: go on with the interrupted run in the output folder.
@@ -93,7 +92,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
             )
     except KeyboardInterrupt:
         return report_interruption(command, Path(files.output), STATE_FILE)
-    _record_inputs(files)
+    _record_inputs(files, classifier)
     _print_result(files, result)
     return 0
 
@@ -126,13 +125,13 @@ def _filter_classifier(files: UnlearnFiles, config: UnlearnConfig) -> tuple[Imag
     )
 
 
-def _record_inputs(files: UnlearnFiles) -> None:
+def _record_inputs(files: UnlearnFiles, classifier: ImageClassifier | None) -> None:
     """Add to unlearn.json what the run was given, so that `evaluate` knows which classifier must not judge it."""
     path = Path(files.output) / "unlearn.json"
     inputs: dict[str, Any] = {"model": files.model, "posterior": files.posterior, "forget": files.forget}
-    if files.filter_classifier is not None:
-        digest = hashlib.sha256(Path(files.filter_classifier).read_bytes()).hexdigest()
-        inputs["filter_classifier"] = {"path": files.filter_classifier, "sha256": digest}
+    if classifier is not None:
+        weights = fingerprint(classifier)
+        inputs["filter_classifier"] = {"path": files.filter_classifier, "weights": weights, "seed": classifier.seed}
     write_json_atomic(path, json.loads(path.read_text()) | {"inputs": inputs})
 
 
