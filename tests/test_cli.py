@@ -529,3 +529,10 @@ class TestDoctor:
         code, out, _ = cli("doctor")
         assert code == 1
         assert "FAILED" in out
+
+
+def test_unlearn_never_replaces_the_model_it_reads(refused, model):
+    before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    files = ["--model", model, "--posterior", model / "posterior.safetensors", "--output", model, "--overwrite"]
+    assert "--model itself" in refused("unlearn", *files, "--forget", "digits:3")
+    assert before == {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}

@@ -71,6 +71,10 @@ def build_parser() -> CommandParser:
 
 def run(arguments: Namespace, command: list[str]) -> int:
     files, config = take(UnlearnFiles, arguments), take(UnlearnConfig, arguments)
+    if Path(files.output).resolve() == Path(files.model).resolve():
+        raise InputError(
+            f"--output {files.output} is --model itself, and the original would be lost; name another folder."
+        )
     classifier, label = _filter_classifier(files, config)
     try:
         with running(take(CommonOptions, arguments)) as display, Interruption(display) as interruption:
