@@ -132,21 +132,9 @@ def test_a_conditional_or_latent_pipeline_is_refused_before_it_is_loaded(tmp_pat
 
 
 def test_a_class_conditional_unet_is_refused():
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        num_class_embeds=10,
-    )
+    pipeline = build_pipeline(timesteps=10, num_class_embeds=10)
     with pytest.raises(InputError, match="has a conditional UNet2DModel"):
-        denoiser_of(DDPMPipeline(unet=unet, scheduler=DDPMScheduler(10)))
+        denoiser_of(pipeline)
 
 
 def test_a_device_is_taken_by_name_and_auto_leaves_a_module_on_its_accelerator():

@@ -473,11 +473,3 @@ def test_unusable_settings_are_refused_and_leave_the_module_alone(images, settin
     storages = {p.untyped_storage().data_ptr() for p in denoiser.module.parameters()}
     assert len(storages) == 6
     assert all(p.requires_grad and p.grad is None for p in denoiser.module.parameters())
-
-
-def test_the_summary_is_the_latest_check(images):
-    run = start(images, steps=12)
-    assert run.summary() == {}
-    for _ in range(7):
-        run.step()
-    assert run.summary()["step"] == 5

@@ -25,7 +25,7 @@ class TinyDenoiser(nn.Module):
         return self.decode(hidden).reshape(-1, *self.shape)
 
 
-def build_pipeline(prediction_type: str = "epsilon", timesteps: int = 50):
+def build_pipeline(prediction_type: str = "epsilon", timesteps: int = 50, **unet_options):
     """A DDPMPipeline with a UNet2DModel of 8 x 8 grey images and a few thousand parameters."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -41,6 +41,7 @@ def build_pipeline(prediction_type: str = "epsilon", timesteps: int = 50):
             up_block_types=("UpBlock2D",),
             norm_num_groups=4,
             add_attention=False,
+            **unet_options,
         )
     unet.eval()
     return DDPMPipeline(

@@ -89,10 +89,6 @@ class Arena:
         """The selected ones of the named tensors as one flat [d] tensor of `state_dtype`, on the arena's device."""
         return torch.cat([tensors[name].reshape(-1) for name in self.names]).to(self.theta.device, self.state_dtype)
 
-    def named_shapes(self) -> dict[str, Tensor]:
-        """Selected parameters by name."""
-        return dict(zip(self.names, self._parameters, strict=True))
-
     def zero_grad(self) -> None:
         self.grad.zero_()
 

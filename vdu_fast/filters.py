@@ -6,7 +6,6 @@ completely it is forgotten. What is dropped by mistake only makes the bank small
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import Denoiser
-
-logger = logging.getLogger(__name__)
 
 # Clean enough to show what is drawn, deep enough into the noise levels that the middle block sees the whole of it.
 FEATURE_LEVELS = (0.05, 0.15, 0.30)

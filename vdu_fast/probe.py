@@ -12,7 +12,21 @@ from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices, standard_normal
 
 
-class NoisePredictionProbe:
+class _FixedBatch:
+    """States x_t [B, C, H, W], timesteps int64 [B], what the network should predict there, and C_t of each, [B]."""
+
+    def __init__(self, denoiser: Denoiser, x_t: Tensor, timesteps: Tensor, target: Tensor, weights: Tensor) -> None:
+        self.denoiser = denoiser
+        self.x_t, self.timesteps, self.target = (v.to(denoiser.device) for v in (x_t, timesteps, target))
+        self.weight = weights[timesteps.cpu()].to(denoiser.device, torch.float32)
+
+    def error(self) -> Tensor:
+        """Per-sample weighted squared error with the weights as they are now, float [B]."""
+        with self.denoiser.evaluating():
+            return per_sample_error(self.denoiser.predict(self.x_t, self.timesteps), self.target, self.weight)
+
+
+class NoisePredictionProbe(_FixedBatch):
     """The mean squared prediction error on a fixed batch of (x_0, t, eps).
 
     Timesteps are spread evenly, which makes the estimate steadier than random ones.
@@ -37,18 +51,11 @@ class NoisePredictionProbe:
         window: tuple[int, int] | None = None,
     ) -> None:
         low, high = window or (0, len(denoiser.schedule))
-        self.denoiser = denoiser
-        self.timesteps = (low + (torch.arange(size) * 2 + 1) * (high - low) // (2 * size)).to(denoiser.device)
+        timesteps = (low + (torch.arange(size) * 2 + 1) * (high - low) // (2 * size)).to(denoiser.device)
         x0 = images[batch_indices(len(images), size, 0, seed, stream=Stream.PROBE)].to(denoiser.device)
         eps = standard_normal(x0.shape, seed, stream=Stream.PROBE).to(denoiser.device)
-        self.x_t = denoiser.schedule.add_noise(x0, eps, self.timesteps)
-        self.target = denoiser.schedule.target(x0, eps, self.timesteps)
-        self.weight = weights[self.timesteps.cpu()].to(denoiser.device, torch.float32)
-
-    def error(self) -> Tensor:
-        """Per-sample weighted error with the weights as they are now, float [size]."""
-        with self.denoiser.evaluating():
-            return per_sample_error(self.denoiser.predict(self.x_t, self.timesteps), self.target, self.weight)
+        x_t = denoiser.schedule.add_noise(x0, eps, timesteps)
+        super().__init__(denoiser, x_t, timesteps, denoiser.schedule.target(x0, eps, timesteps), weights)
 
 
 def error_curve(denoiser: Denoiser, images: Tensor, *, size: int, seed: int, weights: Tensor) -> Tensor:
@@ -68,16 +75,8 @@ def error_curve(denoiser: Denoiser, images: Tensor, *, size: int, seed: int, wei
     return torch.from_numpy(curve).exp().float().to(denoiser.device)
 
 
-class ReplayProbe:
+class ReplayProbe(_FixedBatch):
     """The mean squared distance to the old predictions on a fixed batch of the replay bank."""
 
     def __init__(self, denoiser: Denoiser, bank: ReplayBank, *, size: int, seed: int, weights: Tensor) -> None:
-        self.denoiser = denoiser
-        x_t, timesteps, target = bank.batch(min(size, len(bank)), 0, seed ^ 0x5EED)
-        self.x_t, self.timesteps, self.target = (v.to(denoiser.device) for v in (x_t, timesteps, target))
-        self.weight = weights[timesteps].to(denoiser.device, torch.float32)
-
-    def error(self) -> Tensor:
-        """Per-sample weighted distance with the weights as they are now, float [size]."""
-        with self.denoiser.evaluating():
-            return per_sample_error(self.denoiser.predict(self.x_t, self.timesteps), self.target, self.weight)
+        super().__init__(denoiser, *bank.batch(min(size, len(bank)), 0, seed ^ 0x5EED), weights)

@@ -291,8 +291,3 @@ class UnlearningRun:
         if "best" in state:
             objective, step = state["best"].tolist()
             self.best = (objective, int(step), state["best_z"].clone())
-
-    def summary(self) -> dict[str, Any]:
-        """The last measurements, for logs and reports."""
-        checked = [record for record in self.history if "forget_ratio" in record]
-        return dict(checked[-1]) if checked else {}
