@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # $(call quietly,COMMAND): pip's chatter goes to the log; when it fails, the end of the log is shown.
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
@@ -55,11 +56,11 @@ $(VENV)/bin/python:
 	echo "No Python 3.11 or later was found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1
 
 # torch comes first and the package is built without isolation, so that it is built against the torch it will run with.
-$(VENV)/.installed: pyproject.toml $(wildcard setup.py) | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml setup.py $(NATIVE) | $(VENV)/bin/python
 	@echo "installing into $(VENV) (log: $(LOG))"
-	@$(call quietly,$(BIN)/python -m pip install --upgrade "setuptools>=77" wheel)
+	@$(call quietly,$(BIN)/python -m pip install --upgrade "setuptools>=77" wheel ninja pybind11)
 	@$(call quietly,$(BIN)/python -m pip install $(TORCH))
-	@$(call quietly,$(BIN)/python -m pip install --no-build-isolation -e .[test])
+	@$(call quietly,env PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation -e .[test])
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

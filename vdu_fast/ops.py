@@ -1,29 +1,99 @@
 """The hot paths as functions for anyone's training loop, with their arguments checked.
 
-`seed` and `step` are ints or int64 scalar tensors. The same seed draws the same bits whatever the shape is split into:
-`offset` is the index of the first element (see `vdu_fast.rng`). Everything is differentiable in its float tensors.
+`seed` and `step` are ints or int64 scalar tensors; under torch.compile pass tensors, or every new value compiles anew.
+The same seed draws the same bits whatever the shape is split into: `offset` is the index of the first element (see
+`vdu_fast.rng`). Functions without a trailing underscore are differentiable in their float tensors; those with one write
+into their arguments. Where a list of tensors is accepted beside a tensor, the list is numbered as if its tensors lay end
+to end, so that parameters one by one and the flat buffer that holds them give the same bits.
+
+float32, bfloat16 and float16 are computed in float32, float64 in float64. Which implementation runs is told by
+`vdu_fast.backends()` and chosen by `vdu_fast.use_backend`; all draw the same bits.
 """
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from vdu_fast import reference, rng
+from vdu_fast import _native, reference
 from vdu_fast.errors import InputError
-from vdu_fast.reference import Reduction
+from vdu_fast.reference import RULES, Reduction, Saturation, StepConstants
 from vdu_fast.rng import Seed
+
+Tensors = Tensor | Sequence[Tensor]
+
+__all__ = [
+    "StepConstants",
+    "add_noise",
+    "add_noise_gradient_",
+    "gaussian_kl",
+    "mix_noise",
+    "noise_prediction_loss",
+    "quadratic_penalty",
+    "sample_weights",
+    "sample_whitened_weights",
+    "standard_normal",
+    "variational_gradient_norm",
+    "variational_gradients",
+    "variational_step_",
+    "welford_update_",
+]
+
+
+def _implementation(name: str, device: torch.device) -> Callable[..., Any]:
+    """The op as torch dispatches it, or the reference where that was chosen for this device."""
+    if _native._chosen is not None and _native.backend_of(device.type) == "reference":
+        return getattr(reference, name)
+    return getattr(torch.ops.vdu_fast, name)
+
+
+def _integer(value: Seed) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    # Above 2^63 the same 64 bits are a negative int64.
+    return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
 
 
 def _same_shape(op: str, **tensors: Tensor) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise InputError(f"{op}: all tensors must have one shape, got {shapes}.")
+    first = next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}.")
+        if tensor.shape != first.shape:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise InputError(f"{op}: all tensors must have one shape, got {shapes}.")
+        if tensor.dtype != first.dtype:
+            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+            raise InputError(f"{op}: all tensors must have one dtype, got {dtypes}.")
+
+
+def _listed(op: str, **operands: Tensors | None) -> dict[str, list[Tensor]]:
+    """Every operand as a list, empty where it is None, and checked to match the first tensor by tensor."""
+    lists = {
+        name: [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+        for name, value in operands.items()
+    }
+    first_name, first = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if not tensors and operands[name] is None:
+            continue
+        if [t.numel() for t in tensors] != [t.numel() for t in first]:
+            raise InputError(
+                f"{op}: {name} must match {first_name} tensor by tensor; got {[tuple(t.shape) for t in tensors]} beside "
+                f"{[tuple(t.shape) for t in first]}."
+            )
+        for tensor in tensors:
+            if not tensor.is_floating_point():
+                raise InputError(f"{op}: {name} must be floating-point, got {tensor.dtype}.")
+            if not tensor.is_contiguous():
+                raise InputError(
+                    f"{op}: {name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
+                    "pass .contiguous(), or the buffer that it is a view of."
+                )
+    return lists
 
 
 def standard_normal(
@@ -36,21 +106,102 @@ def standard_normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normals; see `vdu_fast.rng.standard_normal`, which this is."""
-    return rng.standard_normal(shape, seed, step, stream=stream, offset=offset, dtype=dtype, device=device)
+    """Standard normals of the given shape; element i of the flattened result has index offset + i.
+
+    Drawn in float32 and then converted to `dtype`, so that every dtype sees the same noise.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    _implementation("standard_normal_", out.device)(
+        out, _integer(seed), _integer(step), stream=int(stream), offset=offset
+    )
+    return out
 
 
 def sample_weights(mean: Tensor, log_std: Tensor, seed: Seed, step: Seed = 0, *, offset: int = 0) -> Tensor:
     """theta = mean + exp(log_std) n, the reparameterised draw from q = N(mean, exp(log_std)^2).
 
     Args:
-        mean, log_std: float tensors of one shape.
+        mean, log_std: float tensors of one shape and dtype.
 
     Raises:
-        InputError: shapes differ or a tensor is not floating-point.
+        InputError: shapes or dtypes differ, or a tensor is not floating-point.
     """
     _same_shape("sample_weights", mean=mean, log_std=log_std)
-    return reference.sample_weights(mean, log_std, seed, step, offset=offset)
+    op = _implementation("sample_weights", mean.device)
+    return op(mean, log_std, _integer(seed), _integer(step), offset=offset)
+
+
+def sample_weights_(
+    out: Tensors, mean: Tensors, log_std: Tensors, seed: Seed, step: Seed = 0, *, offset: int = 0
+) -> None:
+    """`sample_weights` into tensors that are there already, which may have another dtype: nothing is allocated.
+
+    Args:
+        out: contiguous float tensor or list of them, in any float dtype.
+        mean, log_std: the same, in float32 or more.
+
+    Raises:
+        InputError: the lists do not match, or a tensor is not contiguous or not floating-point.
+    """
+    lists = _listed("sample_weights_", out=out, mean=mean, log_std=log_std)
+    if lists["out"]:
+        with torch.no_grad():
+            op = _implementation("sample_weights_", lists["out"][0].device)
+            op(*lists.values(), _integer(seed), _integer(step), offset=offset)
+
+
+def sample_whitened_weights(
+    center: Tensor,
+    prior_std: Tensor,
+    z: Tensor,
+    seed: Seed,
+    step: Seed = 0,
+    *,
+    noise_scale: float = 1.0,
+    offset: int = 0,
+) -> Tensor:
+    """theta = center + prior_std (z + noise_scale n), in the whitened coordinates z = (mean - center) / prior_std.
+
+    Args:
+        center, prior_std, z: float tensors of one shape and dtype.
+        noise_scale: standard deviation of q over prior_std; 0 gives the mean.
+
+    Raises:
+        InputError: shapes or dtypes differ, or a tensor is not floating-point.
+    """
+    _same_shape("sample_whitened_weights", center=center, prior_std=prior_std, z=z)
+    op = _implementation("sample_whitened_weights", z.device)
+    return op(center, prior_std, z, _integer(seed), _integer(step), noise_scale=float(noise_scale), offset=offset)
+
+
+def sample_whitened_weights_(
+    out: Tensors,
+    center: Tensors,
+    prior_std: Tensors,
+    z: Tensors,
+    seed: Seed,
+    step: Seed = 0,
+    *,
+    log_std: Tensors | None = None,
+    noise_scale: float = 1.0,
+    offset: int = 0,
+) -> None:
+    """center + prior_std (z + noise_scale n), or center + prior_std z + exp(log_std) n, into `out` of any float dtype.
+
+    Args:
+        out, center, prior_std, z, log_std: contiguous float tensors, or lists of them that match tensor by tensor.
+        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean, and draws nothing.
+
+    Raises:
+        InputError: the lists do not match, or a tensor is not contiguous or not floating-point.
+    """
+    lists = _listed(
+        "sample_whitened_weights_", out=out, center=center, prior_std=prior_std, z=z, log_std=log_std
+    )
+    if lists["out"]:
+        with torch.no_grad():
+            op = _implementation("sample_whitened_weights_", lists["out"][0].device)
+            op(*lists.values(), _integer(seed), _integer(step), noise_scale=float(noise_scale), offset=offset)
 
 
 def add_noise(x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, seed: Seed, step: Seed = 0) -> Tensor:
@@ -64,14 +215,38 @@ def add_noise(x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, seed: Seed,
     Raises:
         InputError: x0 is not floating-point, timesteps is not int64 [B], or alphas_cumprod is not one-dimensional.
     """
-    _same_shape("add_noise", x0=x0)
     if timesteps.dtype != torch.int64 or timesteps.shape != x0.shape[:1]:
         raise InputError(
-            f"add_noise: timesteps must be int64 [{len(x0)}], got {timesteps.dtype} {list(timesteps.shape)}."
+            f"add_noise: timesteps must be int64 {list(x0.shape[:1])}, got {timesteps.dtype} {list(timesteps.shape)}."
         )
     if alphas_cumprod.ndim != 1:
         raise InputError(f"add_noise: alphas_cumprod must be [T], got {list(alphas_cumprod.shape)}.")
-    return reference.add_noise(x0, timesteps, alphas_cumprod, seed, step)
+    _same_shape("add_noise", x0=x0)
+    abar = alphas_cumprod.to(x0.device)[timesteps.to(x0.device)]
+    return mix_noise(x0, abar.sqrt(), (1 - abar).sqrt(), seed, step)
+
+
+def mix_noise(x0: Tensor, signal: Tensor, noise: Tensor, seed: Seed, step: Seed = 0) -> Tensor:
+    """signal x_0 + noise eps with coefficients per sample: `add_noise` for any forward process.
+
+    Args:
+        x0: float [B, ...].
+        signal, noise: float [B].
+
+    Raises:
+        InputError: x0 is not floating-point, or signal or noise is not float [B].
+    """
+    _same_shape("mix_noise", x0=x0)
+    for name, value in (("signal", signal), ("noise", noise)):
+        _check_per_sample("mix_noise", name, value, x0)
+    return _implementation("mix_noise", x0.device)(x0, signal, noise, _integer(seed), _integer(step))
+
+
+def _check_per_sample(op: str, name: str, value: Tensor, batch: Tensor) -> None:
+    if value.shape != batch.shape[:1]:
+        raise InputError(f"{op}: {name} must be {list(batch.shape[:1])}, got {list(value.shape)}.")
+    if not value.is_floating_point():
+        raise InputError(f"{op}: {name} must be a floating-point tensor, got {value.dtype}.")
 
 
 def noise_prediction_loss(
@@ -82,8 +257,14 @@ def noise_prediction_loss(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
     target: Tensor | None = None,
+    signal: Tensor | None = None,
+    noise: Tensor | None = None,
+    saturation: Saturation = "none",
+    limit: Tensor | None = None,
+    beta: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """Weighted squared error between a prediction and the noise of (seed, step), or `target`.
+    """Weighted squared error between a prediction and the noise of (seed, step), or a given target.
 
     Args:
         prediction: float [B, ...].
@@ -91,39 +272,228 @@ def noise_prediction_loss(
         reduction: "none" gives [B], the sum over each sample's elements; "sum" the sum of these; "mean" that sum over
             the number of elements of `prediction`.
         target: of the shape of `prediction`; when given, no noise is drawn.
+        signal, noise: float [B]; the target is signal target + noise eps, which covers every prediction type with
+            target = x_0: v_prediction has signal = -sqrt(1 - abar_t) and noise = sqrt(abar_t), flow matching -1 and 1.
+        saturation: a bounded stand-in for errors that are pushed up, applied to each sample's weighted error e:
+            "hinge" min(e, limit); "npo" -(2 / beta) softplus(-beta (e - before)).
+        limit, beta, before: float [B], of the saturation.
+
+    Returns:
+        float32, or float64 for a float64 prediction.
 
     Raises:
-        InputError: a shape, a dtype or the reduction is not among these.
+        InputError: a shape, a dtype, the reduction or the saturation is not among these.
     """
+    op = "noise_prediction_loss"
     if reduction not in get_args(Reduction):
-        raise InputError(f"noise_prediction_loss: reduction must be one of {get_args(Reduction)}, got {reduction!r}.")
-    if weight is not None and weight.shape != prediction.shape[:1]:
-        raise InputError(f"noise_prediction_loss: weight must be [{len(prediction)}], got {list(weight.shape)}.")
-    _same_shape("noise_prediction_loss", prediction=prediction, **({} if target is None else {"target": target}))
-    return reference.noise_prediction_loss(prediction, seed, step, weight=weight, reduction=reduction, target=target)
+        raise InputError(f"{op}: reduction must be one of {get_args(Reduction)}, got {reduction!r}.")
+    if saturation not in get_args(Saturation):
+        raise InputError(f"{op}: saturation must be one of {get_args(Saturation)}, got {saturation!r}.")
+    needed = {"none": (), "hinge": ("limit",), "npo": ("beta", "before")}[saturation]
+    vectors = {"weight": weight, "signal": signal, "noise": noise, "limit": limit, "beta": beta, "before": before}
+    if missing := [name for name in needed if vectors[name] is None]:
+        raise InputError(f"{op}: saturation {saturation!r} needs {' and '.join(missing)}, float [B].")
+    if signal is not None and target is None:
+        raise InputError(f"{op}: signal multiplies target; give target = x_0 beside it.")
+    for name, value in vectors.items():
+        if value is not None:
+            _check_per_sample(op, name, value, prediction)
+    _same_shape(op, prediction=prediction, **({} if target is None else {"target": target}))
+    implementation = _implementation("noise_prediction_error", prediction.device)
+    error = implementation(prediction, target, signal, noise, _integer(seed), _integer(step))
+    if weight is not None:
+        error = error * weight.to(error)
+    error = reference.saturate(error, saturation, limit=limit, beta=beta, before=before)
+    return reference.reduce_errors(error, reduction, prediction.numel())
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, prior_mean: Tensor, prior_std: Tensor) -> Tensor:
     """KL(N(mean, exp(log_std)^2) || N(prior_mean, prior_std^2)), summed over elements.
 
     Args:
-        mean, log_std, prior_mean, prior_std: float tensors of one shape; prior_std positive.
+        mean, log_std, prior_mean, prior_std: float tensors of one shape and dtype; prior_std positive.
+
+    Returns:
+        A scalar in float32, or float64 for float64 tensors.
 
     Raises:
-        InputError: shapes differ or a tensor is not floating-point.
+        InputError: shapes or dtypes differ, or a tensor is not floating-point.
     """
     _same_shape("gaussian_kl", mean=mean, log_std=log_std, prior_mean=prior_mean, prior_std=prior_std)
-    return reference.gaussian_kl(mean, log_std, prior_mean, prior_std)
+    return _implementation("gaussian_kl", mean.device)(mean, log_std, prior_mean, prior_std)
 
 
 def quadratic_penalty(mean: Tensor, prior_mean: Tensor, prior_std: Tensor) -> Tensor:
     """sum (mean - prior_mean)^2 / (2 prior_std^2): `gaussian_kl` for equal standard deviations.
 
     Args:
-        mean, prior_mean, prior_std: float tensors of one shape; prior_std positive.
+        mean, prior_mean, prior_std: float tensors of one shape and dtype; prior_std positive.
 
     Raises:
-        InputError: shapes differ or a tensor is not floating-point.
+        InputError: shapes or dtypes differ, or a tensor is not floating-point.
     """
     _same_shape("quadratic_penalty", mean=mean, prior_mean=prior_mean, prior_std=prior_std)
-    return reference.quadratic_penalty(mean, prior_mean, prior_std)
+    return _implementation("quadratic_penalty", mean.device)(mean, prior_mean, prior_std)
+
+
+def variational_gradients(
+    grad: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Seed,
+    step: Seed = 0,
+    *,
+    kl_weight: float = 1.0,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The KL, and the gradients of (loss + kl_weight KL) in mean and log_std, in one pass and without autograd.
+
+    Args:
+        grad: dloss/dtheta at theta = `sample_weights(mean, log_std, seed, step, offset=offset)`.
+        mean, log_std, prior_mean, prior_std: float tensors of one shape and dtype with `grad`.
+
+    Raises:
+        InputError: shapes or dtypes differ, or a tensor is not floating-point.
+    """
+    tensors = {"mean": mean, "log_std": log_std, "prior_mean": prior_mean, "prior_std": prior_std}
+    _same_shape("variational_gradients", grad=grad, **tensors)
+    with torch.no_grad():
+        op = _implementation("variational_gradients", mean.device)
+        return op(
+            grad, mean, log_std, prior_mean, prior_std, _integer(seed), _integer(step),
+            kl_weight=float(kl_weight), offset=offset,
+        )  # fmt: skip
+
+
+def variational_step_(
+    theta: Tensors,
+    grad: Tensors,
+    center: Tensors,
+    prior_std: Tensors,
+    z: Tensors,
+    constants: StepConstants,
+    seed: Seed,
+    draw: Seed = 0,
+    next_draw: Seed = 0,
+    *,
+    rule: str = "natural_adam",
+    first: Tensors | None = None,
+    second: Tensors | None = None,
+    log_std: Tensors | None = None,
+    std_first: Tensors | None = None,
+    std_second: Tensors | None = None,
+    noise_grad: Tensors | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Everything after backward in one pass: regenerate noise, form gradients, add the KL's, step, write new weights.
+
+    q = N(center + prior_std z, std^2), std = exp(log_std) where it is given, else noise_scale prior_std.
+
+        g = prior_std gradient_scale dL/dtheta + kl_weight z,    z moves along clip g by the rule
+        g_rho = gradient_scale dL/dtheta n std + kl_weight (std^2 / prior_std^2 - 1),    log_std moves by Adam
+        theta = center + prior_std z + std n',    n' of next_draw
+
+    Args:
+        theta: written; any float dtype.
+        grad: dL/dtheta at the weights of `draw`; any float dtype.
+        center, prior_std: float32, or float64 with float64 state.
+        z: updated, float32 or float64; so are first, second, log_std, std_first, std_second.
+        constants: see `StepConstants`.
+        seed, draw, next_draw: which noise `grad` was taken at, and which the new weights are to have.
+        rule: "natural", "natural_sign", "natural_adam" or "adam".
+        first: momentum of the natural rules (None keeps none), first moment of the Adam rules.
+        second: second moment of the Adam rules.
+        log_std, std_first, std_second: all three, or none.
+        noise_grad: sum of n dL/dtheta over several draws (see `add_noise_gradient_`); None draws n of `draw` again.
+
+    Returns:
+        float64 [2]: the KL of the new q, and the squared norm of the gradient before clipping, in the coordinates that
+        the rule moves (the weights for "adam", z for the others).
+
+    Raises:
+        InputError: an unknown rule, missing state, or tensors that do not match.
+    """
+    op = "variational_step_"
+    lists = _listed(
+        op, theta=theta, grad=grad, center=center, prior_std=prior_std, z=z, first=first, second=second,
+        log_std=log_std, std_first=std_first, std_second=std_second, noise_grad=noise_grad,
+    )  # fmt: skip
+    if rule not in RULES:
+        raise InputError(f"{op}: rule must be one of {', '.join(RULES)}, got {rule!r}.")
+    if rule in ("natural_adam", "adam") and (first is None or second is None):
+        raise InputError(f"{op}: rule {rule!r} needs first and second, its two moments; start them as zeros.")
+    if len({value is None for value in (log_std, std_first, std_second)}) > 1:
+        raise InputError(f"{op}: log_std, std_first and std_second go together; give all three or none.")
+    if not lists["theta"]:
+        return torch.zeros(2, dtype=torch.float64)
+    for name in ("center", "prior_std", "first", "second", "log_std", "std_first", "std_second", "noise_grad"):
+        if lists[name] and lists[name][0].dtype != lists["z"][0].dtype:
+            dtype = lists["z"][0].dtype
+            raise InputError(f"{op}: {name} must have the dtype of z, {dtype}, got {lists[name][0].dtype}.")
+    with torch.no_grad():
+        return _implementation(op, lists["theta"][0].device)(
+            *lists.values(), constants.tensor(), _integer(seed), _integer(draw), _integer(next_draw),
+            RULES.index(rule), offset=offset,
+        )  # fmt: skip
+
+
+def variational_gradient_norm(
+    grad: Tensors, z: Tensors, prior_std: Tensors, constants: StepConstants, *, rule: str = "natural_adam"
+) -> Tensor:
+    """The squared norm that `variational_step_` would report, float64 [1], without moving anything: for clipping.
+
+    Args:
+        grad, z, prior_std, constants, rule: as for `variational_step_`.
+    """
+    if rule not in RULES:
+        raise InputError(f"variational_gradient_norm: rule must be one of {', '.join(RULES)}, got {rule!r}.")
+    lists = _listed("variational_gradient_norm", grad=grad, z=z, prior_std=prior_std)
+    with torch.no_grad():
+        device = lists["z"][0].device if lists["z"] else torch.device("cpu")
+        op = _implementation("variational_gradient_norm", device)
+        return op(*lists.values(), constants.tensor(), RULES.index(rule))
+
+
+def add_noise_gradient_(
+    sum: Tensors, grad: Tensors, seed: Seed, draw: Seed = 0, *, scale: float = 1.0, offset: int = 0
+) -> None:
+    """sum += scale grad n, n of (seed, draw) drawn again: the gradient in log_std over std, over several draws.
+
+    Args:
+        sum: updated, float32 or float64.
+        grad: dL/dtheta at the weights of `draw`, any float dtype.
+    """
+    lists = _listed("add_noise_gradient_", sum=sum, grad=grad)
+    if lists["sum"]:
+        with torch.no_grad():
+            op = _implementation("add_noise_gradient_", lists["sum"][0].device)
+            op(*lists.values(), _integer(seed), _integer(draw), scale=float(scale), offset=offset)
+
+
+def welford_update_(mean: Tensor, squares: Tensor, value: Tensor, count: int) -> Tensor:
+    """Take one more value into a running mean and sum of squared deviations (Welford 1962).
+
+    Args:
+        mean, squares: updated, float32 or float64, of one shape and dtype.
+        value: of that shape, any float dtype.
+        count: the number of values with this one, at least 1.
+
+    Returns:
+        float64 [2]: the sums of (value - mean before)^2 and of value^2.
+
+    Raises:
+        InputError: shapes differ, a tensor is not floating-point or not contiguous, or count is below 1.
+    """
+    if count < 1:
+        raise InputError(f"welford_update_: count must be at least 1, the number of values with this one, got {count}.")
+    _same_shape("welford_update_", mean=mean, squares=squares)
+    _listed("welford_update_", mean=mean, squares=squares)
+    if value.shape != mean.shape or not value.is_floating_point():
+        raise InputError(
+            f"welford_update_: value must be a float tensor of shape {tuple(mean.shape)}, got {value.dtype} "
+            f"{tuple(value.shape)}."
+        )
+    with torch.no_grad():
+        return _implementation("welford_update_", mean.device)(mean, squares, value, count)

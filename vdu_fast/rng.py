@@ -9,9 +9,9 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 `index` is the position of the element, `step` the training step (modulo 2^32), `stream` the purpose of the draw.
 A run that is resumed at step k therefore draws what an uninterrupted run would have drawn.
 
-Normals follow Box-Muller on lanes (0, 1) and (2, 3). Logarithm, sine and cosine are fixed polynomials in float32
-multiplication, addition and correctly rounded square root, each rounded separately, because library functions differ
-in their last bits between platforms and these may not.
+Normals follow Box-Muller on lanes (0, 1) and (2, 3), with the logarithm, sine and cosine of `vdu_fast.elementary`.
+
+This is the definition, in plain torch; `vdu_fast.ops.standard_normal` draws the same bits faster.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from vdu_fast.elementary import cosine_sine, natural_log, square_root
 
 Seed = int | Tensor
 
@@ -89,49 +91,10 @@ def random_words(
     return words[offset - 4 * first :][:numel]
 
 
-def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """Polynomial with the given coefficients, highest power first, one rounding per operation."""
-    result = torch.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        result = result * x + coefficient
-    return result
-
-
-# log(1 + f) = f - f^2/2 + f^3 LOG(f) on [sqrt(1/2) - 1, sqrt(2) - 1];
-# sin x = x + x^3 SIN(x^2) and cos x = 1 - x^2/2 + x^4 COS(x^2) on [-pi/4, pi/4]. Least-squares fits at Chebyshev
-# nodes, rounded to float32 and written as the shortest decimals that read back to those floats.
-LOG = (-0.07362868, 0.12620327, -0.13202104, 0.14227115, -0.1662137, 0.19999826, -0.25000852, 0.33333355)
-SIN = (-0.00019515962, 0.008332166, -0.16666655)
-COS = (2.4435854e-05, -0.0013887342, 0.041666646)
-LN2 = 0.6931472  # float32
-QUARTER_STEP = 3.7450704e-07  # float32 of 2 pi / 2^24
-_SQRT_HALF_BITS = 0x3F3504F3
-
-
 def _radius(word: Tensor) -> Tensor:
     """sqrt(-2 log u) with u = ((word >> 9) + 0.5) / 2^23, float32."""
     u = ((word >> 9).to(torch.float32) + 0.5) * (2.0**-23)
-    bits = u.view(torch.int32)
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
-    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
-    f2 = f * f
-    log1p = f + f2 * (f * _horner(f, LOG) - 0.5)
-    return torch.sqrt((log1p + exponent.to(torch.float32) * LN2) * -2.0)
-
-
-def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of 2 pi ((word >> 8) - 2^21) / 2^24, float32."""
-    turn = word >> 8
-    quadrant = turn >> 22
-    x = ((turn & 0x3FFFFF) - 0x200000).to(torch.float32) * QUARTER_STEP
-    x2 = x * x
-    sine = x + (x * x2) * _horner(x2, SIN)
-    cosine = (1.0 - 0.5 * x2) + (x2 * x2) * _horner(x2, COS)
-    odd = (quadrant & 1).bool()
-    c = torch.where(odd, sine, cosine)
-    s = torch.where(odd, cosine, sine)
-    negative_c = (quadrant == 1) | (quadrant == 2)
-    return torch.where(negative_c, -c, c), torch.where(quadrant >= 2, -s, s)
+    return square_root(natural_log(u) * -2.0)
 
 
 def standard_normal(
@@ -154,8 +117,8 @@ def standard_normal(
         return torch.empty(shape, dtype=dtype, device=device)
     first, last = offset // 4, (offset + numel - 1) // 4
     r0, r1, r2, r3 = _groups(first, last, seed, step, stream, device)
-    radius_a, (cos_a, sin_a) = _radius(r0), _cos_sin(r1)
-    radius_b, (cos_b, sin_b) = _radius(r2), _cos_sin(r3)
+    radius_a, (cos_a, sin_a) = _radius(r0), cosine_sine(r1)
+    radius_b, (cos_b, sin_b) = _radius(r2), cosine_sine(r3)
     normals = torch.stack((radius_a * cos_a, radius_a * sin_a, radius_b * cos_b, radius_b * sin_b), dim=1).reshape(-1)
     return normals[offset - 4 * first :][:numel].reshape(shape).to(dtype)
 

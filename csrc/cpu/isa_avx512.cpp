@@ -1,0 +1,17 @@
+// The block functions for avx512.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,f16c,prefer-vector-width=512")
+#define VDU_ISA avx512
+#include "blocks_impl.h"
+
+namespace vdu {
+extern const Isa isa_avx512;
+// Constant-initialised: no code of this instruction set may run while the library is loaded.
+constinit const Isa isa_avx512 = avx512::make_isa("avx512");
+}  // namespace vdu
+#endif

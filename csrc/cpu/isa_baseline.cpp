@@ -1,0 +1,14 @@
+// The block functions for the instruction set that every machine of the platform has.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define VDU_ISA baseline
+#include "blocks_impl.h"
+
+namespace vdu {
+extern const Isa isa_baseline;
+// Constant-initialised: no code of this instruction set may run while the library is loaded.
+constinit const Isa isa_baseline = baseline::make_isa("baseline");
+}  // namespace vdu

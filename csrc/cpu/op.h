@@ -1,0 +1,154 @@
+// What every op shares: reading torch tensors into operands, and running chunks on ATen's thread pool.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+#include "stream.h"
+
+namespace vdu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Values of vdu_fast.rng.Stream.
+constexpr int64_t kWeightsStream = 0, kImageNoiseStream = 1;
+
+inline int64_t integer(const Tensor& scalar, const char* name) {
+  STD_TORCH_CHECK(scalar.scalar_type() == ScalarType::Long && scalar.numel() == 1 && scalar.is_cpu(), name,
+                  " must be an int64 tensor of one element on the CPU");
+  return *static_cast<const int64_t*>(scalar.const_data_ptr());
+}
+
+inline Draw draw_of(const Tensor& seed, const Tensor& step, int64_t stream) {
+  const auto s = static_cast<uint64_t>(integer(seed, "seed"));
+  return {static_cast<uint32_t>(s), static_cast<uint32_t>(s >> 32), static_cast<uint32_t>(stream),
+          static_cast<uint32_t>(integer(step, "step"))};
+}
+
+inline Storage storage_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::float32;
+    case ScalarType::Double:
+      return Storage::float64;
+    case ScalarType::Half:
+      return Storage::float16;
+    case ScalarType::BFloat16:
+      return Storage::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
+  }
+  return Storage::float32;
+}
+
+enum class Access { read, write, update };
+
+// In-place operands must be contiguous: a copy would be written and lost.
+inline Operand operand(const Tensors& tensors, const char* name, Access access = Access::read) {
+  Operand result;
+  result.read = access != Access::write;
+  result.write = access != Access::read;
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it first");
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU like the other tensors of this call");
+    const Storage storage = storage_of(tensor, name);
+    STD_TORCH_CHECK(result.data.empty() || storage == result.storage, name, " must be of one dtype");
+    result.storage = storage;
+    result.data.push_back(static_cast<char*>(tensor.data_ptr()));
+  }
+  return result;
+}
+
+inline Operand operand(const Tensor& tensor, const char* name, Access access = Access::read) {
+  return operand(Tensors{tensor}, name, access);
+}
+
+inline std::vector<int64_t> numels_of(const Tensors& tensors) {
+  std::vector<int64_t> numels;
+  for (const Tensor& tensor : tensors) numels.push_back(tensor.numel());
+  return numels;
+}
+
+// Refuses a list that does not match the first one; an optional list may be empty.
+inline void check_same_sizes(const std::vector<int64_t>& numels, const Tensors& tensors, const char* name,
+                             bool optional = false) {
+  if (optional && tensors.empty()) return;
+  STD_TORCH_CHECK(numels_of(tensors) == numels, name, " must have as many elements, tensor by tensor, as the first list");
+}
+
+inline void check_same_shape(const Tensor& a, const Tensor& b, const char* name) {
+  const auto x = a.sizes(), y = b.sizes();
+  STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()), name,
+                  " must have the shape of the first tensor");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name, " must have the dtype of the first tensor");
+}
+
+// Runs body(chunk) for every chunk; chunks are independent.
+template <typename Body>
+void for_each_chunk(int64_t chunks, const Body& body) {
+  torch::stable::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
+  });
+}
+
+// The same, and adds the K sums that every body(chunk) returns, in the order of the chunks.
+template <size_t K, typename Body>
+std::array<double, K> sum_chunks(int64_t chunks, const Body& body) {
+  std::vector<std::array<double, K>> partial(static_cast<size_t>(chunks));
+  for_each_chunk(chunks, [&](int64_t chunk) { partial[static_cast<size_t>(chunk)] = body(chunk); });
+  std::array<double, K> total{};
+  for (const auto& one : partial) {
+    for (size_t k = 0; k < K; ++k) total[k] += one[k];
+  }
+  return total;
+}
+
+// Calls body with a value of the type that tensors of this dtype are computed in.
+template <typename Body>
+auto with_compute_type(bool wide, const Body& body) {
+  return wide ? body(double{}) : body(float{});
+}
+
+inline bool is_wide(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+inline bool is_wide(const Tensors& tensors) { return !tensors.empty() && is_wide(tensors.front()); }
+
+// A float64 tensor [K] on the CPU.
+template <size_t K>
+Tensor doubles(const std::array<double, K>& values) {
+  Tensor result = torch::stable::empty({static_cast<int64_t>(K)}, ScalarType::Double);
+  std::copy(values.begin(), values.end(), static_cast<double*>(result.mutable_data_ptr()));
+  return result;
+}
+
+// The dtype of sums over elements of this tensor: at least float32.
+inline ScalarType sum_dtype(const Tensor& tensor) { return is_wide(tensor) ? ScalarType::Double : ScalarType::Float; }
+
+// A scalar tensor in the dtype of sums over elements of `like`.
+inline Tensor sum_like(double value, const Tensor& like) {
+  Tensor wide = torch::stable::empty({}, ScalarType::Double);
+  *static_cast<double*>(wide.mutable_data_ptr()) = value;
+  return torch::stable::to(wide, sum_dtype(like));
+}
+
+// The value of a floating-point tensor of one element.
+inline double value_of(const Tensor& scalar) {
+  const Tensor wide = torch::stable::to(scalar, ScalarType::Double);
+  return *static_cast<const double*>(wide.const_data_ptr());
+}
+
+}  // namespace vdu
