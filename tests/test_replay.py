@@ -11,6 +11,7 @@ from tiny import build_pipeline, build_tiny
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import Denoiser, denoiser_of
 from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.rng import Stream, standard_normal
 from vdu_fast.sampling import sample_images
 
 SHAPE = (1, 8, 8)
@@ -43,7 +44,7 @@ def test_states_are_on_the_trajectory_of_their_image(kind):
         for i, t in enumerate(timesteps.tolist()):
             trajectories[rows.start + i, t] = x_t[i].clone()
 
-    images = sample_images(denoiser, 5, steps=12, seed=1, batch_size=2, observer=remember)
+    images = sample_images(denoiser, 5, steps=12, seed=1, batch_size=2, stream=Stream.BANK, observer=remember)
     assert torch.equal(bank.images, images)
     for i in range(5):
         for s in range(4):
@@ -57,6 +58,13 @@ def test_one_state_is_kept_of_every_stretch_and_not_always_the_same(tiny_denoise
     for s in range(5):
         assert set(bank.timesteps[:, s].tolist()) == {45 - 10 * s, 40 - 10 * s}
         assert 60 < int((bank.timesteps[:, s] == 45 - 10 * s).sum()) < 140
+
+
+def test_a_bank_does_not_start_from_the_noise_that_an_evaluation_of_the_same_seed_starts_from(tiny_denoiser):
+    bank = build_bank(tiny_denoiser, 3, sampler_steps=5, states=5, seed=7)
+    assert torch.equal(bank.x_t[:, 0], standard_normal((3, *SHAPE), 7, stream=Stream.BANK))
+    drawn = sample_images(tiny_denoiser, 3, steps=5, seed=7)
+    assert all(not torch.equal(a, b) for a in bank.images for b in drawn)
 
 
 def test_keeping_every_state_is_allowed(tiny_denoiser):

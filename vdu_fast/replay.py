@@ -120,6 +120,7 @@ def build_bank(
         seed=seed,
         batch_size=batch_size,
         first=first,
+        stream=Stream.BANK,
         observer=keep,
         progress=progress,
     )

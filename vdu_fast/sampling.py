@@ -54,6 +54,7 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 250,
     first: int = 0,
+    stream: Stream = Stream.SAMPLER,
     observer: StepObserver | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -69,6 +70,7 @@ def sample_images(
         seed: chooses the starting noise.
         batch_size: images per network call.
         first: number of the first image.
+        stream: what the images are for; equal seeds of two streams start from unlike noise.
         observer: sees every (x_t, prediction) on the way.
         progress: called with the number of images finished after each batch.
 
@@ -82,7 +84,7 @@ def sample_images(
             rows = slice(start, min(start + batch_size, count))
             shape = (rows.stop - rows.start, *denoiser.sample_shape)
             offset = (first + start) * numel
-            x_t = standard_normal(shape, seed, stream=Stream.SAMPLER, offset=offset).to(denoiser.device, denoiser.dtype)
+            x_t = standard_normal(shape, seed, stream=stream, offset=offset).to(denoiser.device, denoiser.dtype)
             x_0 = _denoise(denoiser, sampler_for(denoiser, steps), x_t, rows, observer)
             images[rows] = x_0.float().cpu().clamp_(-1, 1)
             if progress is not None:
