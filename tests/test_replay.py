@@ -8,9 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from tiny import build_pipeline, build_tiny
 
+from vdu_fast import replay
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import Denoiser, denoiser_of
-from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.replay import ReplayBank, bank_bytes, build_bank, check_memory
 from vdu_fast.rng import Stream, standard_normal
 from vdu_fast.sampling import sample_images
 
@@ -79,6 +80,30 @@ def test_a_bank_can_be_drawn_in_parts(tiny_denoiser):
     for name in FIELDS:
         parts = torch.cat([getattr(first, name), getattr(rest, name)])
         torch.testing.assert_close(parts, getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_of_a_bank_is_known_before_it_is_drawn(tiny_denoiser):
+    bank = build_bank(tiny_denoiser, 3, sampler_steps=5, states=2)
+    assert bank_bytes(SHAPE, 3, 2) == sum(t.nbytes for t in (bank.images, bank.x_t, bank.predictions))
+
+
+GIB = 2**30
+LARGE = (3, 256, 256), 1000, 10  # 15.4 GiB
+
+
+@pytest.mark.parametrize("free", [15 * GIB, 0])
+def test_a_bank_that_cannot_fit_is_refused_with_what_lowers_it(monkeypatch, free):
+    monkeypatch.setattr(replay, "available_memory", lambda: free)
+    says = r"1000 images \(3, 256, 256\) with 10 states each takes 15\.4 GiB.*--replay_samples.*--replay_states"
+    with pytest.raises(InputError, match=says):
+        check_memory(*LARGE)
+
+
+@pytest.mark.parametrize(("free", "warned"), [(16 * GIB, True), (31 * GIB, False), (None, False)])
+def test_a_bank_that_may_not_fit_twice_is_warned_of(monkeypatch, caplog, free, warned):
+    monkeypatch.setattr(replay, "available_memory", lambda: free)
+    check_memory(*LARGE)
+    assert ["15.4 GiB" in record.getMessage() for record in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize("states", [0, 6])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import TinyDenoiser, build_pipeline, build_tiny, random_posterior
 from torch import Tensor, nn
 
+from vdu_fast import replay
 from vdu_fast.checkpoint import fingerprint
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
@@ -419,6 +420,28 @@ def test_what_the_bank_cannot_serve_is_refused_before_it_is_drawn(images, tmp_pa
         unlearn_tiny(images[:count], output=out, observers=Observers(on_sample=drawn.append), **settings)
     assert drawn == []
     assert not out.exists()
+
+
+def test_a_bank_too_large_for_the_memory_is_refused_before_it_is_drawn(images, tmp_path, monkeypatch):
+    drawn, bank = [], tmp_path / "bank.safetensors"
+    unlearn_tiny(images, bank=bank)
+    monkeypatch.setattr(replay, "available_memory", lambda: 1)
+    with pytest.raises(InputError, match="Lower --replay_samples"):
+        unlearn_tiny(images, observers=Observers(on_sample=drawn.append))
+    assert drawn == []
+    unlearn_tiny(images, bank=bank)  # there already
+    unlearn_tiny(images, replay_weight=0.0)  # needs none
+
+
+@pytest.mark.parametrize("bank_filter", ["positive_unlabelled", "classifier"])
+def test_no_more_images_than_allowed_pass_through_a_network_at_once(images, bank_filter):
+    module, judge, seen = build_tiny(), nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), []
+    for network in (module, judge):
+        network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    settings = {"bank_filter": bank_filter, "feature_module": "encode", "inference_batch_size": 4}
+    step = {"batch_size": 2, "replay_batch_size": 2}
+    unlearn_tiny(images, module, classifier=judge, forget_label=0, check_size=9, **settings, **step)
+    assert max(seen) == 4
 
 
 def test_a_model_with_nan_is_refused(images):

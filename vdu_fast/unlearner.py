@@ -27,7 +27,7 @@ from vdu_fast.filters import (
 )
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.replay import ReplayBank, build_bank, check_memory
 from vdu_fast.unlearning import UnlearningRun, check_run
 
 logger = logging.getLogger(__name__)
@@ -228,6 +228,8 @@ def _check_replay(
             f"replay_samples {config.replay_samples} is fewer than replay_batch_size {config.replay_batch_size}. "
             "Raise the one or lower the other."
         )
+    if bank is None or not (isinstance(bank, ReplayBank) or Path(bank).is_file()):
+        check_memory(job.denoiser.sample_shape, config.replay_samples, config.replay_states)
     if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
         raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
     if config.bank_filter == "positive_unlabelled":
@@ -247,7 +249,13 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
         job.observers.say(f"using the replay bank in {path}: {len(existing)} images, {existing.made_from}")
         return existing
     job.observers.say(f"drawing {config.replay_samples} images from the model for the replay bank")
-    made = build_bank(job.denoiser, config.replay_samples, progress=job.observers.on_sample, **how)
+    made = build_bank(
+        job.denoiser,
+        config.replay_samples,
+        batch_size=config.inference_batch_size,
+        progress=job.observers.on_sample,
+        **how,
+    )
     job.seconds["bank"] = time.perf_counter() - began
     if path is not None:
         made.save(path)
@@ -258,17 +266,18 @@ def _filter_bank(
     job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
     config, began = job.config, time.perf_counter()
+    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
     if config.bank_filter == "classifier":
         assert classifier is not None
         assert forget_label is not None
-        keep, report = classifier_filter(bank.images, classifier, forget_label, max_dropped=config.max_dropped)
+        keep, report = classifier_filter(bank.images, classifier, forget_label, **how)
     elif config.bank_filter == "positive_unlabelled":
         keep, report = positive_unlabelled_filter(
             job.denoiser,
             bank.images,
             job.images,
             feature_module=config.feature_module,
-            max_dropped=config.max_dropped,
+            **how,
         )
     else:
         keep, report = torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)

@@ -67,7 +67,12 @@ class UnlearningRun:
         denoiser.module.eval()
         self.weights = self._variational_weights(posterior)
         self._scales()
-        probe: dict[str, Any] = {"size": config.check_size, "seed": config.seed, "weights": self.timestep_weights}
+        probe: dict[str, Any] = {
+            "size": config.check_size,
+            "seed": config.seed,
+            "weights": self.timestep_weights,
+            "batch_size": config.inference_batch_size,
+        }
         self.forget_probe = NoisePredictionProbe(denoiser, forget_images, window=self.window, **probe)
         self.replay_probe = ReplayProbe(denoiser, bank, **probe) if bank is not None else None
         self.retained_probe = (
