@@ -301,6 +301,22 @@ class TestCommands:
         assert "10 images" in err
         assert json.loads((tmp_path / "out" / "unlearn.json").read_text())["forget_images"] == 10
 
+    def test_several_classes_are_forgotten_with_a_warning_that_names_them(self, cli, unlearn, tmp_path):
+        for name in ("boots", "shoes"):
+            pictures(tmp_path / "data" / name)
+        code, _, err = cli(*unlearn(forget=tmp_path / "data"), "--quiet")
+        assert code == 0, err
+        assert "holds the classes boots, shoes, and all of them will be forgotten" in err
+        assert f"--forget {tmp_path / 'data'}:boots" in err
+
+    @pytest.mark.parametrize("forget", ["data:boots", "data/boots"])
+    def test_one_class_is_forgotten_without_a_warning(self, cli, unlearn, tmp_path, forget):
+        for name in ("boots", "shoes"):
+            pictures(tmp_path / "data" / name, count=12)
+        code, _, err = cli(*unlearn(forget=tmp_path / forget), "--quiet")
+        assert code == 0, err
+        assert err == ""
+
     def test_resize_and_image_channels(self, cli, unlearn, tmp_path):
         unwanted = pictures(tmp_path / "unwanted", size=12, mode="RGB")
         code, _, err = cli(*unlearn(forget=unwanted, resize=8, image_channels=1))
