@@ -273,6 +273,18 @@ class TestCommands:
         assert posterior.source["draws"] == "4"
         posterior.check_fits(dict(load_pipeline(model).unet.named_parameters()))
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_posterior_of_a_single_model_on_a_gpu_is_that_of_the_cpu(self, cli, model, tmp_path):
+        std = []
+        for device in ("cpu", "cuda"):
+            flags = ["--output", tmp_path / f"{device}.safetensors", "--draws", 4, "--sampler_steps", 2]
+            code, _, err = cli("posterior", "--fisher", "--model", model, "--device", device, *flags)
+            assert code == 0, err
+            std.append(GaussianPosterior.load(tmp_path / f"{device}.safetensors").std)
+        for name in std[0]:
+            torch.testing.assert_close(std[0][name], std[1][name], rtol=0.05, atol=1e-6)
+
     def test_posterior_takes_a_folder_of_checkpoints(self, cli, tmp_path):
         states = [{"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([2.0, 5.0])}]
         folder = tmp_path / "checkpoints"
@@ -466,7 +478,13 @@ class TestBadInput:
         assert existing.read_bytes() == b"mine"
 
     def test_device_that_is_not_here(self, refused, new, tmp_path):
-        assert "device 'no-such-device' cannot be used here" in refused(*new(device="no-such-device"))
+        says = "device 'no-such-device' cannot be used here"
+        assert says in refused(*new(device="no-such-device"))
+        data = ["--data", "digits", "--output", tmp_path / "trained"]
+        assert says in refused("pretrain", *TINY_PRETRAIN, *data, "--device", "no-such-device")
+        model = ["--model", new()[new().index("--model") + 1], "--output", tmp_path / "p.safetensors"]
+        assert says in refused("posterior", "--fisher", *model, "--device", "no-such-device")
+        assert not (tmp_path / "trained").exists()
         assert not (tmp_path / "new").exists()
 
     def test_folder_where_a_file_is_meant_and_file_where_a_folder(self, refused, new, model, tmp_path):

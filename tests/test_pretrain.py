@@ -251,3 +251,31 @@ def test_images_that_do_not_fit_a_unet_are_refused(tmp_path):
 def test_unusable_settings_are_refused_by_name(settings, says):
     with pytest.raises(InputError, match=says):
         small(**settings)
+
+
+def test_the_device_is_the_one_named(data):
+    run = Pretraining(data, small(device="meta"))
+    assert {p.device.type for p in [*run.unet.parameters(), *run.average]} == {"meta"}
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(InputError, match="device 'abacus' cannot be used here"):
+        pretrain(data, tmp_path / "out", small(device="abacus"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_is_interrupted_and_resumed_there(data, tmp_path):
+    whole = pretrain(data, tmp_path / "whole", small(device="cuda"))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(data, tmp_path / "parts", small(device="cuda"), on_step=Stop(at=5))
+    parts = pretrain(data, tmp_path / "parts", small(device="cuda"), resume=True)
+    on_cpu = pretrain(data, tmp_path / "cpu", small(device="cpu"))
+    one, two, three = everything(whole), everything(parts), everything(on_cpu)
+    assert set(one) == set(two) == set(three)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+        if "posterior" not in name:
+            torch.testing.assert_close(one[name], three[name], rtol=0.05, atol=5e-3)
+    assert json.loads((whole / "pretrain.json").read_text())["device"] == "cuda"
