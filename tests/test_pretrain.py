@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vdu_fast.checkpoint import load_tensors
+from vdu_fast.checkpoint import StoppedAtOnce, load_tensors
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import denoiser_of, load_pipeline
-from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.posterior import GaussianPosterior, PosteriorRecorder
 from vdu_fast.pretrain import STATE_FILE, PretrainConfig, Pretraining, build_unet, pretrain
 from vdu_fast.sampling import sample_images
 
@@ -133,6 +134,25 @@ def test_an_interrupted_run_resumes_to_the_same_bits(data, tmp_path, at):
     losses = [json.loads((folder / "pretrain.json").read_text())["losses"] for folder in (part, whole)]
     assert losses[0] == losses[1]
     assert not (part / "resume").exists()
+
+
+def test_ctrl_c_twice_within_a_step_leaves_the_last_save_and_not_half_a_step(data, tmp_path, monkeypatch):
+    whole, part, record = tmp_path / "whole", tmp_path / "part", PosteriorRecorder.step
+    pretrain(data, whole, small())
+
+    def interrupted_record(recorder: PosteriorRecorder) -> bool:
+        if recorder.calls == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return record(recorder)
+
+    monkeypatch.setattr(PosteriorRecorder, "step", interrupted_record)
+    with pytest.raises(StoppedAtOnce):
+        pretrain(data, part, small())
+    assert int(load_file(part / STATE_FILE)["step"]) == 6
+    monkeypatch.setattr(PosteriorRecorder, "step", record)
+    pretrain(data, part, small(), resume=True)
+    assert_same_files(whole, part)
 
 
 def test_a_run_whose_last_save_is_old_resumes_to_the_same_bits(data, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tiny import TinyDenoiser, build_pipeline, build_tiny, random_posterior
 from torch import Tensor, nn
 
 from vdu_fast import replay
-from vdu_fast.checkpoint import fingerprint
+from vdu_fast.checkpoint import StoppedAtOnce, fingerprint
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
@@ -23,6 +24,7 @@ from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
 from vdu_fast.unlearner import BANK_FILE, STATE_FILE, Observers, UnlearnResult, unlearn
+from vdu_fast.unlearning import UnlearningRun
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=50)
 
@@ -243,6 +245,26 @@ def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings,
     assert resumed.history == whole.history
     assert torch.equal(load_file(out / "model.safetensors")["time.bias"], whole.model.time.bias)
     assert not (out / "resume").exists()
+
+
+def test_ctrl_c_twice_within_a_step_leaves_the_last_save_and_not_half_a_step(images, tmp_path, monkeypatch):
+    out, check = tmp_path / "out", UnlearningRun._check
+    whole = unlearn_tiny(images, check_every=1)
+
+    def interrupted_check(run: UnlearningRun) -> dict[str, float]:
+        if run.step_number == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return check(run)
+
+    monkeypatch.setattr(UnlearningRun, "_check", interrupted_check)
+    with pytest.raises(StoppedAtOnce):
+        unlearn_tiny(images, check_every=1, output=out)
+    assert int(load_file(out / STATE_FILE)["step"]) == 2
+    monkeypatch.setattr(UnlearningRun, "_check", check)
+    resumed = unlearn_tiny(images, check_every=1, output=out, resume=True)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.history == whole.history
 
 
 def test_a_run_whose_last_save_is_old_resumes_to_the_same_bits(images, tmp_path):

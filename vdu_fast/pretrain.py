@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdu_fast.checkpoint import load_tensors, prepare_output, save_tensors, uninterrupted, write_json_atomic
+from vdu_fast.checkpoint import (
+    StoppedAtOnce,
+    load_tensors,
+    prepare_output,
+    save_tensors,
+    uninterrupted,
+    write_json_atomic,
+)
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import pick_device, save_pipeline
@@ -270,6 +277,8 @@ def pretrain(
             if on_step is not None:
                 rate = config.batch_size * (run.step - first) / (time.perf_counter() - began)
                 on_step({"step": run.step, "total": run.total, "loss": loss, "images_per_second": rate})
+    except StoppedAtOnce:
+        raise  # in the middle of a step: the last save stands
     except KeyboardInterrupt:
         save_state()
         raise

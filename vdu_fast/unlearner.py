@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdu_fast.checkpoint import fingerprint, load_tensors, prepare_output, save_tensors, write_json_atomic
+from vdu_fast.checkpoint import (
+    StoppedAtOnce,
+    fingerprint,
+    load_tensors,
+    prepare_output,
+    save_tensors,
+    write_json_atomic,
+)
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet, check_fits
 from vdu_fast.errors import InputError
@@ -325,6 +332,8 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
                 per_step = config.batch_size * config.accumulate * config.samples_per_step
                 rate = per_step * (run.step_number - first) / (time.perf_counter() - began)
                 job.observers.on_step(record | {"total": config.steps, "images_per_second": rate})
+    except StoppedAtOnce:
+        raise  # in the middle of a step: the last save stands
     except KeyboardInterrupt:
         save()
         raise
