@@ -146,7 +146,7 @@ class Bench:
             "forget_loss_ratio": round(metrics["forget_loss"]["ratio"], 3),
             "retained_loss_ratio": round(metrics["retained_loss"]["ratio"], 4),
             "dropped": result.filter_report.dropped if result.filter_report else "",
-            "seconds": round(result.seconds["unlearn"], 1),
+            "seconds": round(result.seconds["steps"], 1),
         }
 
 

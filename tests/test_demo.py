@@ -54,7 +54,7 @@ def test_demo_writes_a_report_and_a_pipeline_and_replaces_its_own(tiny_demo, tmp
     for key in ("pul", "u_fid", "shares", "versions"):
         assert key in metrics
     assert {"before", "after", "oracle", "floor"} <= set(metrics["u_fid"])
-    assert {"bank", "unlearn", "evaluate", "total"} <= set(metrics["seconds"])
+    assert {"bank", "filter", "steps", "unlearn", "evaluate", "total"} <= set(metrics["seconds"])
     assert all((output / name).is_file() for name in ("report.html", "samples.png", "losses.png", "tradeoff.png"))
     assert load_pipeline(output / "model").unet.config.sample_size == 8
     assert json.loads((output / MARKER).read_text())["forget"] == 3

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny import TinyDenoiser, build_pipeline, build_tiny, random_posterior
 from torch import Tensor, nn
 
-from vdu_fast import replay
-from vdu_fast.checkpoint import StoppedAtOnce, fingerprint
+from vdu_fast import replay, unlearner
+from vdu_fast.checkpoint import StoppedAtOnce, fingerprint, load_tensors, save_tensors
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
@@ -245,6 +245,32 @@ def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings,
     assert resumed.history == whole.history
     assert torch.equal(load_file(out / "model.safetensors")["time.bias"], whole.model.time.bias)
     assert not (out / "resume").exists()
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(images, tmp_path, monkeypatch):
+    now = iter(range(10**6))
+    monkeypatch.setattr(unlearner.time, "perf_counter", lambda: float(next(now)))
+    result = unlearn_tiny(images)
+    parts = {name: value for name, value in result.seconds.items() if name != "unlearn"}
+    assert set(parts) == {"bank", "filter", "steps"}
+    assert result.seconds["unlearn"] == sum(parts.values()) > max(parts.values()) > 0
+    assert set(unlearn_tiny(images, replay_weight=0.0).seconds) == {"steps", "unlearn"}
+
+
+def test_a_resumed_run_counts_the_time_before_it(images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(3)))
+    state, metadata = load_tensors(out / STATE_FILE)
+    saved = json.loads(metadata["seconds"])
+    assert set(saved) == {"bank", "filter", "steps"}
+    assert min(saved.values()) > 0
+    long = {"bank": 1000.0, "filter": 2000.0, "steps": 4000.0}
+    save_tensors(out / STATE_FILE, state, metadata | {"seconds": json.dumps(long)})
+    seconds = unlearn_tiny(images, output=out, resume=True).seconds
+    assert all(long[name] <= seconds[name] < long[name] + 100 for name in long)
+    assert seconds["unlearn"] == pytest.approx(sum(seconds[name] for name in long))
+    assert json.loads((out / "unlearn.json").read_text())["seconds"] == seconds
 
 
 def test_ctrl_c_twice_within_a_step_leaves_the_last_save_and_not_half_a_step(images, tmp_path, monkeypatch):

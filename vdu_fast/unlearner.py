@@ -57,7 +57,7 @@ class UnlearnResult:
         history: one record per step.
         filter_report: what the filter kept and dropped, or None without a bank.
         bank: how many images the unfiltered bank had and what it was made with, or None.
-        seconds: of "bank", "filter", "unlearn".
+        seconds: of "bank", "filter" and "steps", and their sum "unlearn"; those of an interrupted part are in them.
         config: the settings used.
     """
 
@@ -304,6 +304,7 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
     config = job.config
     state_file = job.output / STATE_FILE if job.output is not None else None
     identity = _identity(run, job)
+    seconds, earlier = job.seconds, 0.0
     if resume:
         assert state_file is not None
         state, metadata = load_tensors(state_file)
@@ -313,10 +314,14 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
                 "same ones, or start anew with --overwrite."
             )
         run.load_state_dict(state)
+        spent = json.loads(metadata["seconds"])
+        earlier = spent.pop("steps")
+        seconds |= {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
 
     def save() -> None:
+        seconds["steps"] = earlier + time.perf_counter() - began
         if state_file is not None:
-            save_tensors(state_file, run.state_dict(), {"identity": identity})
+            save_tensors(state_file, run.state_dict(), {"identity": identity, "seconds": json.dumps(seconds)})
 
     began, first = time.perf_counter(), run.step_number
     reason = run.stop_reason() if run.history else None
@@ -343,7 +348,8 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
         run.write_mean()
         _write_model(job, job.output / "last-good")
         raise InputError(f"{error} The weights before it are in {job.output / 'last-good'}.") from error
-    job.seconds["unlearn"] = time.perf_counter() - began
+    seconds["steps"] = earlier + time.perf_counter() - began
+    seconds["unlearn"] = sum(seconds.values())
     return reason
 
 

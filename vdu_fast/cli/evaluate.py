@@ -87,7 +87,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
         evaluation=evaluation,
         settings=unlearned.get("settings", {}) | {"evaluation": asdict(config)},
         seed=unlearned.get("settings", {}).get("seed", config.seed),
-        seconds=seconds | {"total": sum(seconds.values())},
+        seconds=seconds | {"total": seconds.get("unlearn", 0.0) + seconds["evaluate"]},
         history=unlearned.get("history"),
     )
     print_summary(metrics, Console())
