@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -69,3 +71,23 @@ class TestDefaultSettings:
 
     def test_settings_are_not_chosen_on_the_noise_they_are_reported_on(self, sweep):
         assert EvaluationConfig().seed != sweep.EVALUATION_SEED
+
+
+class TestTenDigits:
+    @pytest.fixture
+    def metrics(self):
+        """What the demo of the digit 3 leaves under the defaults, as far as the script asks."""
+        settings = asdict(UnlearnConfig()) | {"evaluation": asdict(EvaluationConfig(samples=1000))}
+        return {"settings": settings, "forgotten_class": {"index": 3, "name": "3"}}
+
+    def test_a_demo_under_the_defaults_is_kept(self, metrics, tmp_path):
+        assert not script("ten_digits").finished(3, tmp_path)
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+        assert script("ten_digits").finished(3, tmp_path)
+        assert not script("ten_digits").finished(4, tmp_path)
+
+    @pytest.mark.parametrize("change", [{"hinge_ratio": 9.0}, {"evaluation": asdict(EvaluationConfig(samples=60))}])
+    def test_a_demo_under_other_settings_is_not(self, metrics, tmp_path, change):
+        metrics["settings"] |= change
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+        assert not script("ten_digits").finished(3, tmp_path)
