@@ -460,6 +460,15 @@ class TestBadInput:
         assert "gamma must be in [0, 1)" in message
         assert gamma in message
 
+    @pytest.mark.parametrize("flag", ["before", "after"])
+    def test_report_over_a_model(self, refused, model, tmp_path, flag):
+        other = tmp_path / "other"
+        folders = {"before": other, "after": other, flag: model}
+        where = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+        data = ["--data", "digits", "--forget", "3", *TINY_EVALUATE]
+        message = refused("evaluate", *where, *data, "--output", model / ".." / model.name, "--overwrite")
+        assert f"is --{flag} itself" in message
+
     def test_occupied_output(self, refused, unlearn, model, tmp_path):
         out = tmp_path / "out"
         evaluate = ["evaluate", "--before", model, "--after", model, "--data", "digits", "--forget", "3"]
