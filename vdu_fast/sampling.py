@@ -23,7 +23,10 @@ def sampler_for(denoiser: Denoiser, steps: int) -> Any:
 
     schedule, scheduler = denoiser.schedule, denoiser.scheduler
     if not 1 <= steps <= len(schedule):
-        raise InputError(f"sampler steps must be between 1 and the model's {len(schedule)} timesteps, got {steps}.")
+        raise InputError(
+            f"sampler steps must be between 1 and the model's {len(schedule)} timesteps, got {steps}; change "
+            "--sampler_steps."
+        )
     if schedule.prediction_type == "velocity":
         given = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         sampler: Any = copy.deepcopy(scheduler) if given else FlowMatchEulerDiscreteScheduler(len(schedule))
@@ -95,7 +98,8 @@ def sample_images(
 def _denoise(denoiser: Denoiser, sampler: Any, x_t: Tensor, rows: slice, observer: StepObserver | None) -> Tensor:
     flow = denoiser.schedule.prediction_type == "velocity"
     for timestep in sampler.timesteps:
-        index = timestep.round().long() - 1 if flow else timestep
+        # A shift below 1 crowds the last steps at the clean end, where a timestep may round to 0: before the first.
+        index = (timestep.round().long() - 1).clamp(min=0) if flow else timestep
         timesteps = index.to(x_t.device).expand(len(x_t))
         prediction = denoiser.predict(x_t, timesteps)
         if observer is not None:
