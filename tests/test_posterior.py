@@ -362,3 +362,25 @@ def test_moments_do_not_alias_the_network():
     with torch.no_grad():
         module.time.bias.add_(1)
     assert torch.equal(moments.mean["time.bias"], before)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda module: torch.compile(module, backend="eager")])
+def test_a_wrapped_model_is_recorded_under_the_names_of_what_it_wraps(wrap):
+    module = build_tiny()
+    recorder = PosteriorRecorder(wrap(module), every=1)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.rand_like(parameter))
+        recorder.step()
+    posterior = recorder.posterior(mean=wrap(module))
+    posterior.check_fits(dict(module.named_parameters()))
+    GaussianPosterior.constant(wrap(module), 0.1).check_fits(dict(module.named_parameters()))
+
+
+@pytest.mark.parametrize("prefix", ["module", "_orig_mod"])
+def test_checkpoints_of_a_wrapped_model_are_told_as_such(prefix):
+    states = [{f"{prefix}.{name}": t for name, t in state.items()} for state in trajectory(3)]
+    posterior = GaussianPosterior.from_checkpoints(states)
+    with pytest.raises(InputError, match=rf"begin with '{prefix}\.', .* the state_dict of model\.{prefix}, or strip"):
+        posterior.check_fits({name: torch.zeros(shape) for name, shape in SHAPES.items()})

@@ -109,6 +109,16 @@ def test_flow_matching_modules_can_be_unlearned(images):
     assert result.history[-1]["forget_ratio"] > 1
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda module: torch.compile(module, backend="eager")])
+def test_a_wrapped_module_is_unlearned_and_written_as_what_it_wraps(images, tmp_path, wrap):
+    plain, module = unlearn_tiny(images).model, build_tiny()
+    wrapped = wrap(module)
+    result = unlearn_tiny(images, wrapped, output=tmp_path)
+    assert result.model is wrapped
+    assert torch.equal(weights(module), weights(plain))
+    assert set(load_file(tmp_path / "model.safetensors")) == set(module.state_dict())
+
+
 def test_a_bare_module_is_written_as_safetensors(images, tmp_path):
     module = build_tiny()
     unlearn_tiny(images, module, output=tmp_path)
@@ -408,6 +418,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(images, tmp_
     assert (tmp_path / "out" / STATE_FILE).is_file()
     kept = load_file(tmp_path / "out" / "last-good" / "model.safetensors")
     assert torch.equal(kept["decode.bias"], module.decode.bias)
+    unlearn_tiny(images, output=tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "last-good").exists()
 
 
 @pytest.mark.parametrize(
@@ -460,6 +472,7 @@ def test_a_classifier_filter_needs_classifier_and_label(images):
         ({"bank_filter": "positive_unlabelled"}, 12, "no such submodule"),
         ({"bank_filter": "classifier"}, 12, "needs classifier="),
         ({"replay_batch_size": 64}, 12, "fewer than replay_batch_size 64"),
+        ({"replay_sampler_steps": 51}, 12, "51 is more than the model's 50 timesteps; pass --replay_sampler_steps 50"),
     ],
 )
 def test_what_the_bank_cannot_serve_is_refused_before_it_is_drawn(images, tmp_path, settings, count, says):

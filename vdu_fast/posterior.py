@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vdu_fast.checkpoint import load_state, load_tensors, save_tensors
 from vdu_fast.errors import InputError
+from vdu_fast.modules import PREFIXES, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class GaussianPosterior:
         if not (math.isfinite(std) and std > 0):
             raise InputError(f"std must be a positive number, got {std}.")
         return cls(
-            {name: torch.full(p.shape, std) for name, p in module.named_parameters()},
+            {name: torch.full(p.shape, std) for name, p in unwrapped(module).named_parameters()},
             source={"kind": "constant", "std": repr(std)},
         )
 
@@ -113,6 +114,12 @@ class GaussianPosterior:
     def _remedy(self, missing: Sequence[str], parameters: Mapping[str, Tensor]) -> str:
         """What may be wrong where parameters have no std, and what to do about it."""
         if len(missing) == len(parameters):
+            for prefix in PREFIXES:
+                if all(f"{prefix}{name}" in self.std for name in parameters):
+                    return (
+                        f"Its names begin with {prefix!r}, from checkpoints of a wrapped model: save the state_dict of "
+                        f"model.{prefix.rstrip('.')}, or strip the prefix, and estimate it again."
+                    )
             return "It belongs to another model: estimate it from this model's checkpoints."
         return (
             "Either they never changed between its checkpoints: freeze them (requires_grad_(False)), or name only the "
@@ -234,7 +241,7 @@ class PosteriorRecorder:
     def __init__(self, module: nn.Module, *, every: int = 100, start: int = 0) -> None:
         if every < 1:
             raise InputError(f"every must be at least 1, got {every}.")
-        self.module, self.every, self.start = module, every, start
+        self.module, self.every, self.start = unwrapped(module), every, start
         self.calls = 0
         self.moments = RunningMoments()
 
@@ -253,7 +260,7 @@ class PosteriorRecorder:
         """The posterior so far; `mean` replaces the recorded mean by the weights of that network."""
         result = self.moments.posterior(shrink=shrink, floor=floor)
         if mean is not None:
-            result.mean = {name: p.detach().float().cpu().clone() for name, p in mean.named_parameters()}
+            result.mean = {name: p.detach().float().cpu().clone() for name, p in unwrapped(mean).named_parameters()}
         return result
 
     def state_dict(self) -> dict[str, Tensor]:

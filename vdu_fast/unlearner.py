@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "resume/unlearn.safetensors"
 BANK_FILE = "resume/bank.safetensors"
+LAST_GOOD = "last-good"
 
 OnStep = Callable[[dict[str, Any]], None]
 OnSample = Callable[[int], None]
@@ -236,6 +237,11 @@ def _check_replay(
             "Raise the one or lower the other."
         )
     if bank is None or not (isinstance(bank, ReplayBank) or Path(bank).is_file()):
+        if config.replay_sampler_steps > (total := len(job.denoiser.schedule)):
+            raise InputError(
+                f"replay_sampler_steps {config.replay_sampler_steps} is more than the model's {total} timesteps; pass "
+                f"--replay_sampler_steps {total} or less."
+            )
         check_memory(job.denoiser.sample_shape, config.replay_samples, config.replay_states)
     if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
         raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
@@ -346,8 +352,8 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
         if job.output is None:
             raise
         run.write_mean()
-        _write_model(job, job.output / "last-good")
-        raise InputError(f"{error} The weights before it are in {job.output / 'last-good'}.") from error
+        _write_model(job, job.output / LAST_GOOD)
+        raise InputError(f"{error} The weights before it are in {job.output / LAST_GOOD}.") from error
     seconds["steps"] = earlier + time.perf_counter() - began
     seconds["unlearn"] = sum(seconds.values())
     return reason
@@ -368,11 +374,12 @@ def _write(result: UnlearnResult, job: _Job) -> None:
     _write_model(job, job.output)
     record = result.record() | {"weights": fingerprint(job.denoiser.module), "forget_images": len(job.images)}
     write_json_atomic(job.output / "unlearn.json", record)
-    shutil.rmtree(job.output / "resume", ignore_errors=True)
+    for stale in ("resume", LAST_GOOD):
+        shutil.rmtree(job.output / stale, ignore_errors=True)
 
 
 def _write_model(job: _Job, folder: Path) -> None:
     if isinstance(job.model, nn.Module):
-        save_tensors(folder / "model.safetensors", job.model.state_dict())
+        save_tensors(folder / "model.safetensors", job.denoiser.module.state_dict())
     else:
         save_pipeline(job.model, folder)
