@@ -118,8 +118,7 @@ def denoiser_of(pipeline: Any) -> Denoiser:
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if unet is None or scheduler is None:
         raise InputError(f"{type(pipeline).__name__} has no unet and scheduler. Supported: {SUPPORTED}.")
-    unet = unwrapped(unet)
-    config = unet.config
+    config: Any = unwrapped(unet).config
     conditional = getattr(config, "num_class_embeds", None) or getattr(config, "class_embed_type", None)
     if conditional or hasattr(config, "cross_attention_dim"):
         raise InputError(f"{type(pipeline).__name__} has a conditional {type(unet).__name__}. Supported: {SUPPORTED}.")
