@@ -137,6 +137,21 @@ def test_three_steps_descend_the_objective_of_the_method(images, bank, settings)
     assert float(z.abs().max()) > 0.02
 
 
+def test_a_run_that_cannot_begin_gives_the_module_back(images):
+    denoiser = denoiser_of_tiny()
+    module, posterior = denoiser.module.train(), random_posterior(denoiser.module)
+    module.time.bias.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in module.named_parameters()}
+    with pytest.raises(RuntimeError):
+        UnlearningRun(denoiser, images, posterior, None, small(), retained_images=torch.zeros(4, 1, 3, 3))
+    assert module.training
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes  # no view of a flat buffer
+
+
 @pytest.mark.parametrize("optimizer", ["natural", "natural_sign", "natural_adam", "adam"])
 @pytest.mark.parametrize("family", ["mean_only", "mean_field"])
 def test_every_optimizer_and_family_raises_the_forget_loss(images, optimizer, family):

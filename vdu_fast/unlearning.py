@@ -65,17 +65,32 @@ class UnlearningRun:
         # Dropout would draw from a generator that no resumed run can restore.
         self._training = denoiser.module.training
         denoiser.module.eval()
+        try:
+            self._measure_start(posterior, retained_images)
+        except BaseException:
+            # Nobody gets this object then, so nobody else could give the module back.
+            self.release()
+            raise
+
+    def _measure_start(self, posterior: GaussianPosterior, retained_images: Tensor | None) -> None:
+        """Put q's mean into the network, and measure there what the run is later compared with."""
+        config, denoiser = self.config, self.denoiser
         self.weights = self._variational_weights(posterior)
         self._scales()
-        probe: dict[str, Any] = {"size": config.check_size, "seed": config.seed, "weights": self.timestep_weights}
-        self.forget_probe = NoisePredictionProbe(denoiser, forget_images, window=self.window, **probe)
-        self.replay_probe = ReplayProbe(denoiser, bank, **probe) if bank is not None else None
+        probe: dict[str, Any] = {
+            "size": config.check_size,
+            "seed": config.seed,
+            "weights": self.timestep_weights,
+            "batch_size": config.inference_batch_size,
+        }
+        self.forget_probe = NoisePredictionProbe(denoiser, self.images, window=self.window, **probe)
+        self.replay_probe = ReplayProbe(denoiser, self.bank, **probe) if self.bank is not None else None
         self.retained_probe = (
             NoisePredictionProbe(denoiser, retained_images, **probe) if retained_images is not None else None
         )
         self.write_mean()
         self.start_error = float(self.forget_probe.error().mean())
-        self.start_curve = error_curve(denoiser, forget_images, **(probe | {"size": 4 * config.check_size}))
+        self.start_curve = error_curve(denoiser, self.images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
         self.step_number = 0
         self.history: list[dict[str, float]] = []
