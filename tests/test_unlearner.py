@@ -399,7 +399,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(images, tmp_
     module = Overflowing(timesteps=50)
     module.load_state_dict(build_tiny().state_dict())
     module.begin = module.decode.bias.detach().clone()
-    with pytest.raises(InputError, match=r"nan.*the last weights with a finite loss are kept.*Lower learning_rate"):
+    with pytest.raises(InputError, match=r"nan.*the last that were measured and finite, are kept.*Lower learning_rate"):
         unlearn_tiny(
             images,
             module,

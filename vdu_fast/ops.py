@@ -190,7 +190,8 @@ def sample_whitened_weights_(
 
     Args:
         out, center, prior_std, z, log_std: contiguous float tensors, or lists of them that match tensor by tensor.
-        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean, and draws nothing.
+        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean in any case, and draws
+            nothing.
 
     Raises:
         InputError: the lists do not match, or a tensor is not contiguous or not floating-point.

@@ -37,7 +37,7 @@ class StepConstants(NamedTuple):
         kl_weight: multiplies the KL in the objective.
         gradient_scale: multiplies the gradient of the weights, before the KL's is added.
         clip: multiplies the whole gradient of z.
-        noise_scale: std / prior_std where log_std is not learned; 0 evaluates the network at the mean.
+        noise_scale: std / prior_std where log_std is not learned; 0 writes the mean in any case.
     """
 
     learning_rate: float
@@ -121,15 +121,17 @@ def sample_whitened_weights(
 ) -> Tensor:
     """theta = center + prior_std (z + noise_scale n), or center + prior_std z + exp(log_std) n where that is given.
 
+    With noise_scale 0 it is the mean, center + prior_std z, in any case.
+
     z = (mean - center) / prior_std are whitened coordinates: the KL from N(center, prior_std^2) is ||z||^2 / 2 there.
     """
     dtype = z.dtype
     center, prior_std, z = _wide(center, prior_std, z)
+    if noise_scale == 0:
+        return (center + prior_std * z).to(dtype)
     if log_std is not None:
         noise = exponential(log_std.to(z.dtype)) * _weight_noise(z, seed, step, offset)
         return (center + prior_std * z + noise).to(dtype)
-    if noise_scale == 0:
-        return (center + prior_std * z).to(dtype)
     return (center + prior_std * (z + noise_scale * _weight_noise(z, seed, step, offset))).to(dtype)
 
 
@@ -239,7 +241,8 @@ def saturate(
         return torch.minimum(error, limit.to(error))
     if saturation == "npo":
         assert beta is not None and before is not None
-        return -2 / beta.to(error) * functional.softplus(-beta.to(error) * (error - before.to(error)))
+        beta = beta.to(error)
+        return -2 / beta * functional.softplus(-beta * (error - before.to(error)))
     return error
 
 
