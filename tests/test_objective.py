@@ -44,7 +44,9 @@ def test_the_per_sample_error_keeps_float64():
 
 
 def test_without_saturation_every_sample_pulls_alike():
-    assert float(ascent_loss(ERROR, "none", limit=LIMIT, beta=torch.tensor(1.0), reference=None)) == pytest.approx(-1.15)
+    assert float(ascent_loss(ERROR, "none", limit=LIMIT, beta=torch.tensor(1.0), reference=None)) == pytest.approx(
+        -1.15
+    )
     torch.testing.assert_close(gradient("none"), torch.full_like(ERROR, -1 / 4))
 
 
@@ -70,7 +72,9 @@ def test_npo_is_its_formula_and_starts_as_plain_ascent():
 
 def test_npo_does_not_move_the_reference():
     reference = REFERENCE.clone()
-    ascent_loss(ERROR.clone().requires_grad_(), "npo", limit=LIMIT, beta=torch.tensor(2.0), reference=reference).backward()
+    ascent_loss(
+        ERROR.clone().requires_grad_(), "npo", limit=LIMIT, beta=torch.tensor(2.0), reference=reference
+    ).backward()
     assert torch.equal(reference, REFERENCE)
 
 

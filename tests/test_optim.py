@@ -112,9 +112,7 @@ def test_the_mean_starts_at_the_centre():
 
 def mean_field(learn_std: bool = True, **options) -> VariationalWeights:
     """Weights that have moved away from where they start."""
-    weights = VariationalWeights(
-        CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=learn_std, **options
-    )
+    weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=learn_std, **options)
     weights.z.copy_(doubles(4))
     if learn_std:
         weights.log_std.copy_(doubles(6) - 2)

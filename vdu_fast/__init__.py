@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vdu_fast import ops as ops
     from vdu_fast import reference as reference
+    from vdu_fast._native import backends as backends
+    from vdu_fast._native import use_backend as use_backend
     from vdu_fast.config import UnlearnConfig as UnlearnConfig
     from vdu_fast.data import ImageSet as ImageSet
     from vdu_fast.data import load_images as load_images
     from vdu_fast.errors import InputError as InputError
     from vdu_fast.evaluation import EvaluationConfig as EvaluationConfig
     from vdu_fast.evaluation import evaluate as evaluate
+    from vdu_fast.optim import VariationalOptimizer as VariationalOptimizer
     from vdu_fast.pipelines import Denoiser as Denoiser
     from vdu_fast.pipelines import load_pipeline as load_pipeline
     from vdu_fast.posterior import GaussianPosterior as GaussianPosterior
@@ -40,10 +43,13 @@ _HOME = {
     "ReplayBank": "replay",
     "UnlearnConfig": "config",
     "UnlearnResult": "unlearner",
+    "VariationalOptimizer": "optim",
+    "backends": "_native",
     "evaluate": "evaluation",
     "load_images": "data",
     "load_pipeline": "pipelines",
     "unlearn": "unlearner",
+    "use_backend": "_native",
 }
 _MODULES = ("ops", "reference")
 

@@ -37,7 +37,8 @@ SCHEMAS = {
         "(Tensor prediction, Tensor? x0, Tensor? signal, Tensor? noise, Tensor seed, Tensor step) -> Tensor"
     ),
     "noise_prediction_error_backward": (
-        "(Tensor grad, Tensor prediction, Tensor? x0, Tensor? signal, Tensor? noise, Tensor seed, Tensor step) -> Tensor"
+        "(Tensor grad, Tensor prediction, Tensor? x0, Tensor? signal, Tensor? noise, Tensor seed, Tensor step) "
+        "-> Tensor"
     ),
     "gaussian_kl": "(Tensor mean, Tensor log_std, Tensor prior_mean, Tensor prior_std) -> Tensor",
     "gaussian_kl_backward": (
@@ -113,7 +114,9 @@ _fake("mix_noise")(lambda x0, *args: _like(x0))
 _fake("noise_prediction_error_backward")(lambda grad, prediction, *args: _like(prediction))
 _fake("gaussian_kl")(lambda mean, *args: _scalar_sum(mean))
 _fake("quadratic_penalty")(lambda mean, *args: _scalar_sum(mean))
-_fake("variational_gradients")(lambda grad, mean, log_std, *args, **kwargs: (_scalar_sum(mean), _like(mean), _like(log_std)))
+_fake("variational_gradients")(
+    lambda grad, mean, log_std, *args, **kwargs: (_scalar_sum(mean), _like(mean), _like(log_std))
+)
 
 
 @_fake("noise_prediction_error")
@@ -154,7 +157,9 @@ def _(mean: Tensor, squares: Tensor, value: Tensor, count: int) -> Tensor:
 _OPS = torch.ops.vdu_fast
 
 
-def _sample_weights_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+def _sample_weights_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     _, log_std, seed, step = inputs
     ctx.save_for_backward(log_std, seed, step)
     ctx.offset = keyword_only_inputs["offset"]

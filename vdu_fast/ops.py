@@ -3,8 +3,8 @@
 `seed` and `step` are ints or int64 scalar tensors; under torch.compile pass tensors, or every new value compiles anew.
 The same seed draws the same bits whatever the shape is split into: `offset` is the index of the first element (see
 `vdu_fast.rng`). Functions without a trailing underscore are differentiable in their float tensors; those with one write
-into their arguments. Where a list of tensors is accepted beside a tensor, the list is numbered as if its tensors lay end
-to end, so that parameters one by one and the flat buffer that holds them give the same bits.
+into their arguments. Where a list of tensors is accepted beside a tensor, the list is numbered as if its tensors lay
+end to end, so that parameters one by one and the flat buffer that holds them give the same bits.
 
 float32, bfloat16 and float16 are computed in float32, float64 in float64. Which implementation runs is told by
 `vdu_fast.backends()` and chosen by `vdu_fast.use_backend`; all draw the same bits.
@@ -82,8 +82,8 @@ def _listed(op: str, **operands: Tensors | None) -> dict[str, list[Tensor]]:
             continue
         if [t.numel() for t in tensors] != [t.numel() for t in first]:
             raise InputError(
-                f"{op}: {name} must match {first_name} tensor by tensor; got {[tuple(t.shape) for t in tensors]} beside "
-                f"{[tuple(t.shape) for t in first]}."
+                f"{op}: {name} must match {first_name} tensor by tensor; got {[tuple(t.shape) for t in tensors]} "
+                f"beside {[tuple(t.shape) for t in first]}."
             )
         for tensor in tensors:
             if not tensor.is_floating_point():
@@ -190,15 +190,13 @@ def sample_whitened_weights_(
 
     Args:
         out, center, prior_std, z, log_std: contiguous float tensors, or lists of them that match tensor by tensor.
-        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean in any case, and draws
-            nothing.
+        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean in any case, and
+            draws nothing.
 
     Raises:
         InputError: the lists do not match, or a tensor is not contiguous or not floating-point.
     """
-    lists = _listed(
-        "sample_whitened_weights_", out=out, center=center, prior_std=prior_std, z=z, log_std=log_std
-    )
+    lists = _listed("sample_whitened_weights_", out=out, center=center, prior_std=prior_std, z=z, log_std=log_std)
     if lists["out"]:
         with torch.no_grad():
             op = _implementation("sample_whitened_weights_", lists["out"][0].device)

@@ -232,9 +232,9 @@ class VariationalOptimizer(torch.optim.Optimizer):
         momentum, betas, eps: of the rule.
         seed: of the draws.
 
-    All but `posterior` and `seed` may differ between parameter groups. Closures, learning-rate schedulers and GradScaler
-    work as with torch's own optimizers. Gradients of several draws may be collected before one `step`, unless
-    `learn_std`.
+    All but `posterior` and `seed` may differ between parameter groups. Closures, learning-rate schedulers and
+    GradScaler work as with torch's own optimizers. Gradients of several draws may be collected before one `step`,
+    unless `learn_std`.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
             return torch.full_like(center, self.posterior)
         if "param_names" not in group:
             raise InputError(
-                "params must be named for a GaussianPosterior: pass model.named_parameters(), or one number as posterior."
+                "params must be named for a GaussianPosterior: pass model.named_parameters(), or a number as posterior."
             )
         name = group["param_names"][number]
         self.posterior.check_fits({name: center})

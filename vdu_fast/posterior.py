@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vdu_fast import ops
 from vdu_fast.checkpoint import load_state, load_tensors, save_tensors
 from vdu_fast.errors import InputError
 from vdu_fast.modules import PREFIXES, unwrapped
@@ -147,11 +148,8 @@ class RunningMoments:
             return
         distance = length = 0.0
         for name, t in values.items():
-            delta = t.float() - self.mean[name]
-            distance += float(delta.square().sum())
-            length += float(t.float().square().sum())
-            self.mean[name].add_(delta, alpha=1 / self.count)
-            self.squares[name].addcmul_(delta, t.float() - self.mean[name])
+            apart, long = ops.welford_update_(self.mean[name], self.squares[name], t, self.count).tolist()
+            distance, length = distance + apart, length + long
         self._apart = max(self._apart, math.sqrt(distance / max(length, 1e-30)))
 
     def _check(self, values: Mapping[str, Tensor], label: str) -> None:

@@ -28,9 +28,10 @@ from vdu_fast.checkpoint import (
 )
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
+from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import pick_device, save_pipeline
 from vdu_fast.posterior import PosteriorRecorder
-from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
+from vdu_fast.rng import Stream, batch_indices, randint
 from vdu_fast.schedule import NoiseSchedule
 
 STATE_FILE = "resume/pretrain.safetensors"

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from vdu_fast.objective import per_sample_error
+from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.replay import ReplayBank
-from vdu_fast.rng import Stream, batch_indices, standard_normal
+from vdu_fast.rng import Stream, batch_indices
 
 
 class _FixedBatch:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vdu_fast.errors import InputError
+from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import Denoiser
-from vdu_fast.rng import Stream, standard_normal
+from vdu_fast.rng import Stream
 
 # Called after every network evaluation with (sample indices, schedule indices [B], x_t, prediction).
 StepObserver = Callable[[slice, Tensor, Tensor, Tensor], None]

@@ -175,9 +175,7 @@ class UnlearningRun:
         if self._noise_gradient_sum is not None:
             if draw % passes == 0:
                 self._noise_gradient_sum.zero_()
-            ops.add_noise_gradient_(
-                self._noise_gradient_sum, self.arena.grad, self.config.seed, draw, scale=1 / passes
-            )
+            ops.add_noise_gradient_(self._noise_gradient_sum, self.arena.grad, self.config.seed, draw, scale=1 / passes)
 
     def _move(self, draw: int, next_draw: int) -> float:
         """One step of q, which leaves the weights of the next draw in the network; returns the gradient norm."""
