@@ -219,14 +219,13 @@ def _error_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     prediction, x0, signal, noise, seed, step = ctx.saved_tensors
     if any(ctx.needs_input_grad[2:4]):
         raise NotImplementedError("noise_prediction_loss is not differentiable in signal and noise; detach them")
-    d_prediction = d_x0 = None
-    if any(ctx.needs_input_grad[:2]):
-        d_prediction = _OPS.noise_prediction_error_backward(grad, prediction, x0, signal, noise, seed, step)
+    if not any(ctx.needs_input_grad[:2]):
+        return (None,) * 6
+    d_prediction = _OPS.noise_prediction_error_backward(grad, prediction, x0, signal, noise, seed, step)
+    d_x0 = None
     if ctx.needs_input_grad[1]:
-        d_x0 = -d_prediction
-        if signal is not None:
-            d_x0 = d_x0 * signal.to(d_x0).reshape((-1,) + (1,) * (d_x0.ndim - 1))
-        d_x0 = d_x0.to(x0.dtype)
+        scale = -1 if signal is None else -signal.to(d_prediction).reshape((-1,) + (1,) * (prediction.ndim - 1))
+        d_x0 = d_prediction * scale
     return d_prediction if ctx.needs_input_grad[0] else None, d_x0, None, None, None, None
 
 

@@ -15,7 +15,7 @@ timesteps and elements, B_f the expected sum over timesteps and elements, and B 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ ObjectiveReduction = Literal["mean", "sum"]
 
 
 def per_sample_error(
-    prediction: Tensor, target: Tensor | None, weight: Tensor, *, seed: int = 0, draw: int = 0, **mixed: Tensor
+    prediction: Tensor, target: Tensor | None, weight: Tensor, *, seed: int = 0, draw: int = 0, **mixed: Any
 ) -> Tensor:
     """C_t times the mean squared error of each sample, float [B]; `weight` is C_t of the samples, [B].
 

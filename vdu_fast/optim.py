@@ -149,8 +149,9 @@ class VariationalWeights:
 
     def sample_(self, out: Tensor, seed: int, draw: int) -> None:
         """Write the weights that draw number `draw` evaluates the network at: mu, or a sample of q."""
-        options = {"noise_scale": self.noise_scale, "log_std": self.state.get("log_std")}
-        ops.sample_whitened_weights_(out, self.center, self.prior_std, self.z, seed, draw, **options)
+        ops.sample_whitened_weights_(
+            out, self.center, self.prior_std, self.z, seed, draw, log_std=self.log_std, noise_scale=self.noise_scale
+        )
 
     def _constants(self, kl_weight: float, scale: float = 1.0, clip: float = 1.0) -> StepConstants:
         options = {"noise_scale": self.noise_scale, "std_learning_rate": self.std_learning_rate}
@@ -188,10 +189,11 @@ class VariationalWeights:
         Returns:
             Norm of the gradient, as `gradient_norm` gives it.
         """
+        moments: dict[str, Any] = {name: tensor for name, tensor in self.state.items() if name != "z"}
         sums = ops.variational_step_(
             theta, grad, self.center, self.prior_std, self.z, self._constants(kl_weight, scale, clip),
             seed, draw, next_draw, rule=self.rule.name, noise_grad=noise_grad,
-            **{name: tensor for name, tensor in self.state.items() if name != "z"},
+            **moments,
         )  # fmt: skip
         self.count += 1
         self.kl, squared = sums.tolist()
@@ -265,7 +267,8 @@ class VariationalOptimizer(torch.optim.Optimizer):
         self.posterior, self.seed = posterior, seed
         defaults = {
             "lr": lr, "rule": rule, "kl_weight": kl_weight, "noise_scale": noise_scale, "learn_std": learn_std,
-            "std_lr": std_lr, "momentum": momentum, "betas": betas, "eps": eps, "steps": 0, "draws": 0,
+            "std_lr": std_lr, "momentum": momentum, "betas": betas, "eps": eps,
+            "steps": 0, "draws": 0, "pending": 0,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -311,7 +314,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
             InputError: a second draw before `step` under learn_std, whose gradient needs each draw's noise.
         """
         for group in self.param_groups:
-            if group["learn_std"] and group["draws"] > group["steps"]:
+            if group["learn_std"] and group["pending"]:
                 raise InputError("under learn_std call step() after every sampled_weights(): one draw per step.")
         self._write(noisy=True)
         try:
@@ -319,19 +322,22 @@ class VariationalOptimizer(torch.optim.Optimizer):
         finally:
             for group in self.param_groups:
                 group["draws"] += 1
+                group["pending"] += 1
             self._write(noisy=False)
 
     def _write(self, *, noisy: bool) -> None:
         for group in self.param_groups:
             if group["noise_scale"] == 0:
                 continue  # the parameters hold the mean all the time
-            params, states = group["params"], [self.state[p] for p in group["params"]]
+            states = [self.state[p] for p in group["params"]]
             ops.sample_whitened_weights_(
-                params,
-                *([state[name] for state in states] for name in ("center", "prior_std", "z")),
+                group["params"],
+                _each(states, "center"),
+                _each(states, "prior_std"),
+                _each(states, "z"),
                 self.seed,
                 group["draws"],
-                log_std=[state["log_std"] for state in states] if group["learn_std"] else None,
+                log_std=_each(states, "log_std") if group["learn_std"] else None,
                 noise_scale=group["noise_scale"] if noisy else 0.0,
                 offset=group["offset"],
             )
@@ -345,7 +351,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-            group["draws"] = max(group["draws"], group["steps"]) if group["learn_std"] else group["draws"]
+            group["pending"] = 0
             rule = self._rule(group)
             # Noise scale 0: what is written is the mean.
             constants = rule.constants(
@@ -357,17 +363,23 @@ class VariationalOptimizer(torch.optim.Optimizer):
 
     def _step_run(self, group: dict[str, Any], constants: StepConstants, offset: int, params: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
-        optional = [name for name in ("first", "second", "log_std", "std_first", "std_second") if name in states[0]]
+        moments: dict[str, Any] = {
+            name: _each(states, name)
+            for name in ("first", "second", "log_std", "std_first", "std_second")
+            if name in states[0]
+        }
         ops.variational_step_(
             params,
-            [p.grad if p.grad.is_contiguous() else p.grad.contiguous() for p in params],  # type: ignore[union-attr]
-            *([state[name] for state in states] for name in ("center", "prior_std", "z")),
+            [p.grad.contiguous() for p in params if p.grad is not None],
+            _each(states, "center"),
+            _each(states, "prior_std"),
+            _each(states, "z"),
             constants,
             self.seed,
             group["draws"] - 1,
             rule=group["rule"],
             offset=offset,
-            **{name: [state[name] for state in states] for name in optional},
+            **moments,
         )
 
     def kl(self) -> float:
@@ -394,9 +406,14 @@ class VariationalOptimizer(torch.optim.Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
+def _each(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
+    return [state[name] for state in states]
+
+
 def _runs_with_gradients(group: dict[str, Any]) -> Iterator[tuple[int, list[Tensor]]]:
     """Stretches of neighbouring parameters that have a gradient, with the place of each in the noise's numbering."""
-    place, start, run = group["offset"], group["offset"], []
+    place = start = group["offset"]
+    run: list[Tensor] = []
     for parameter in group["params"]:
         if parameter.grad is None:
             if run:

@@ -152,8 +152,10 @@ def sample_whitened_weights_(
     """`sample_whitened_weights` over lists of tensors, into `out` of any dtype; `log_std` may be empty."""
     for k, target in enumerate(out):
         rho = log_std[k] if log_std else None
-        options = {"log_std": rho, "noise_scale": noise_scale, "offset": offset}
-        target.copy_(sample_whitened_weights(center[k], prior_std[k], z[k], seed, step, **options))
+        sample = sample_whitened_weights(
+            center[k], prior_std[k], z[k], seed, step, log_std=rho, noise_scale=noise_scale, offset=offset
+        )
+        target.copy_(sample)
         offset += z[k].numel()
 
 
@@ -391,8 +393,11 @@ def variational_step_(
             kl = kl + (0.5 * z[j] * z[j] + (0.5 * torch.exp(2 * ratio) - ratio - 0.5)).double().sum()
         else:
             kl = kl + (0.5 * z[j] * z[j]).double().sum()
-        options = {"log_std": log_std[j] if log_std else None, "noise_scale": k.noise_scale, "offset": offset}
-        theta[j].copy_(sample_whitened_weights(center[j], prior_std[j], z[j], seed, next_draw, **options))
+        rho = log_std[j] if log_std else None
+        sample = sample_whitened_weights(
+            center[j], prior_std[j], z[j], seed, next_draw, log_std=rho, noise_scale=k.noise_scale, offset=offset
+        )
+        theta[j].copy_(sample)
         offset += z[j].numel()
     return torch.stack([kl, squared])
 
