@@ -17,7 +17,7 @@ NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: install ## run the tests, without the slow ones
 test-slow: install ## run all tests
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
+bench: install ## measure the CPU ops against their budgets; fails when one is missed
+	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)
+	@$(BIN)/python benchmarks/hot_paths.py
+
 lint: $(VENV)/.installed-dev ## check format, style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -43,7 +47,7 @@ format: $(VENV)/.installed-dev ## bring all files into the house format
 	@$(BIN)/ruff format .
 
 clean: ## remove .venv and everything that was built
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf vdu_fast/*.so $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # A Python that is too old, or a pyenv shim without a Python behind it, is passed over.
 $(VENV)/bin/python:

@@ -206,9 +206,9 @@ def test_the_kl_is_that_of_the_two_gaussians():
 
 def test_misuse_is_an_error_that_says_what_to_do():
     net = network()
-    with pytest.raises(InputError, match="pass model.named_parameters"):
+    with pytest.raises(InputError, match=r"pass model\.named_parameters"):
         VariationalOptimizer(net.parameters(), posterior(net))
-    with pytest.raises(InputError, match="rule must be one of natural, .* got 'sgd'"):
+    with pytest.raises(InputError, match=r"rule must be one of natural, .* got 'sgd'"):
         VariationalOptimizer(net.parameters(), 0.1, rule="sgd")
     with pytest.raises(InputError, match="lr must be 0 or a positive number, got -1"):
         VariationalOptimizer(net.parameters(), 0.1, lr=-1)
