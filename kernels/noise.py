@@ -1,0 +1,61 @@
+"""Standard normals with the bits of csrc/core/normal.h: Philox4x32-10 and Box-Muller."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vdu_fast.kernels.elementary import cosine_sine, log_normal_range
+from vdu_fast.rng import Stream
+
+WEIGHTS = tl.constexpr(int(Stream.WEIGHTS))
+IMAGE_NOISE = tl.constexpr(int(Stream.IMAGE_NOISE))
+
+
+@triton.jit
+def scalar(value):
+    """A scalar that was known at launch, or lies in device memory: a captured graph then replays with new values."""
+    value = tl.to_tensor(value)  # the interpreter passes numbers as they are
+    if value.dtype.is_ptr():
+        return tl.load(value)
+    else:
+        return value
+
+
+@triton.jit
+def words_of(seed, step, stream, group):
+    """The four random words of every group, an int64 tensor: element i has index 4 group + i."""
+    low = group.to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    purpose = zero + tl.to_tensor(stream).to(tl.uint32)
+    return tl.philox(scalar(seed).to(tl.int64), low, high, purpose, zero + scalar(step).to(tl.uint32))
+
+
+@triton.jit
+def radius_of(word):
+    """sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23."""
+    u = ((word >> 9).to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return tl.sqrt_rn(log_normal_range(u) * -2.0)
+
+
+@triton.jit
+def normals(seed, step, stream, group):
+    """The normals of every group in order: [..., G] groups give [..., 4 G] normals."""
+    r0, r1, r2, r3 = words_of(seed, step, stream, group)
+    radius_a = radius_of(r0)
+    cosine_a, sine_a = cosine_sine(r1)
+    radius_b = radius_of(r2)
+    cosine_b, sine_b = cosine_sine(r3)
+    even = tl.interleave(radius_a * cosine_a, radius_b * cosine_b)
+    odd = tl.interleave(radius_a * sine_a, radius_b * sine_b)
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def normals_at(seed, step, stream, index):
+    """The normals of any elements, at four times the price: each draws the words of its whole group."""
+    r0, r1, r2, r3 = words_of(seed, step, stream, index >> 2)
+    late = (index & 2) != 0
+    cosine, sine = cosine_sine(tl.where(late, r3, r1))
+    return radius_of(tl.where(late, r2, r0)) * tl.where((index & 1) != 0, sine, cosine)
