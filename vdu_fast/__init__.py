@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vdu_fast import ops as ops
     from vdu_fast import reference as reference
+    from vdu_fast._native import backends as backends
+    from vdu_fast._native import use_backend as use_backend
     from vdu_fast.config import UnlearnConfig as UnlearnConfig
     from vdu_fast.data import ImageSet as ImageSet
     from vdu_fast.data import load_images as load_images
@@ -40,10 +42,12 @@ _HOME = {
     "ReplayBank": "replay",
     "UnlearnConfig": "config",
     "UnlearnResult": "unlearner",
+    "backends": "_native",
     "evaluate": "evaluation",
     "load_images": "data",
     "load_pipeline": "pipelines",
     "unlearn": "unlearner",
+    "use_backend": "_native",
 }
 _MODULES = ("ops", "reference")
 
