@@ -1,7 +1,7 @@
 """The hot paths in plain torch: the definition that every faster implementation is held to.
 
-Everything is computed in float32, in float64 for float64 inputs, and rounded once to the dtype of the result. Element by
-element, each function does the same operations in the same order as csrc/core, so that results agree in their bits;
+Everything is computed in float32, in float64 for float64 inputs, and rounded once to the dtype of the result. Element
+by element, each function does the same operations in the same order as csrc/core, so that results agree in their bits;
 sums over elements agree up to the order of addition. The functions without a trailing underscore are differentiable in
 their float tensors.
 """
@@ -70,7 +70,9 @@ def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _weight_noise(like: Tensor, seed: Seed, step: Seed, offset: int) -> Tensor:
     dtype = compute_dtype(like.dtype)
-    return standard_normal(like.shape, seed, step, stream=Stream.WEIGHTS, offset=offset, dtype=dtype, device=like.device)
+    return standard_normal(
+        like.shape, seed, step, stream=Stream.WEIGHTS, offset=offset, dtype=dtype, device=like.device
+    )
 
 
 def standard_normal_(out: Tensor, seed: Seed, step: Seed = 0, *, stream: int = 0, offset: int = 0) -> None:
@@ -231,14 +233,15 @@ def saturate(
     """A bounded stand-in for an error that is pushed up, [B]; rises with the error, and less and less.
 
     "none" is the error itself; "hinge" min(error, limit), which lets go of a sample once its error has reached `limit`;
-    "npo" -(2 / beta) softplus(-beta (error - before)), whose pull fades smoothly (Zhang et al. 2024, negative preference
-    optimisation).
+    "npo" -(2 / beta) softplus(-beta (error - before)), whose pull fades smoothly (Zhang et al. 2024, negative
+    preference optimisation).
     """
     if saturation == "hinge":
         assert limit is not None
         return torch.minimum(error, limit.to(error))
     if saturation == "npo":
-        assert beta is not None and before is not None
+        assert beta is not None
+        assert before is not None
         return -2 / beta.to(error) * functional.softplus(-beta.to(error) * (error - before.to(error)))
     return error
 
@@ -321,9 +324,7 @@ def quadratic_penalty_backward(
 
 
 def _wanted(parts: tuple[Tensor, ...], dtype: torch.dtype, needs: int) -> tuple[Tensor, ...]:
-    return tuple(
-        part.to(dtype) if needs >> k & 1 else part.new_empty(0, dtype=dtype) for k, part in enumerate(parts)
-    )
+    return tuple(part.to(dtype) if needs >> k & 1 else part.new_empty(0, dtype=dtype) for k, part in enumerate(parts))
 
 
 def variational_gradients(
@@ -413,13 +414,15 @@ def _step_z(
     squared = g.double().square().sum()
     g = k.clip * g
     if rule in ("natural_adam", "adam"):
-        assert first is not None and second is not None
+        assert first is not None
+        assert second is not None
         direction = _adam_direction(k, g, first, second)
         g = direction / prior_std if rule == "adam" else direction
     else:
         if first is not None:
             g = first.copy_(k.momentum * first + g)
-        g = g.sign() if rule == "natural_sign" else g
+        if rule == "natural_sign":
+            g = torch.where((g > 0) | (g < 0), g.sign(), g)  # torch's sign of NaN is 0: a step that hides it
     z.copy_(z - k.learning_rate * g)
     return squared
 
