@@ -261,9 +261,8 @@ def _error_setup(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) ->
 
 def _error_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     prediction, x0, signal, noise, seed, step = ctx.saved_tensors
-    d_prediction = d_x0 = d_signal = d_noise = None
-    if any(ctx.needs_input_grad[:4]):
-        d_prediction = _OPS.noise_prediction_error_backward(grad, prediction, x0, signal, noise, seed, step)
+    d_x0 = d_signal = d_noise = None
+    d_prediction = _OPS.noise_prediction_error_backward(grad, prediction, x0, signal, noise, seed, step)
     if ctx.needs_input_grad[1]:
         d_x0 = -d_prediction
         if signal is not None:

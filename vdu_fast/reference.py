@@ -9,7 +9,7 @@ their float tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def sample_whitened_weights_(
     """`sample_whitened_weights` over lists of tensors, into `out` of any dtype; `log_std` may be empty."""
     for k, target in enumerate(out):
         rho = log_std[k] if log_std else None
-        options = {"log_std": rho, "noise_scale": noise_scale, "offset": offset}
+        options: dict[str, Any] = {"log_std": rho, "noise_scale": noise_scale, "offset": offset}
         target.copy_(sample_whitened_weights(center[k], prior_std[k], z[k], seed, step, **options))
         offset += z[k].numel()
 
@@ -388,7 +388,11 @@ def variational_step_(
             kl = kl + (0.5 * z[j] * z[j] + (0.5 * torch.exp(2 * ratio) - ratio - 0.5)).double().sum()
         else:
             kl = kl + (0.5 * z[j] * z[j]).double().sum()
-        options = {"log_std": log_std[j] if log_std else None, "noise_scale": k.noise_scale, "offset": offset}
+        options: dict[str, Any] = {
+            "log_std": log_std[j] if log_std else None,
+            "noise_scale": k.noise_scale,
+            "offset": offset,
+        }
         theta[j].copy_(sample_whitened_weights(center[j], prior_std[j], z[j], seed, next_draw, **options))
         offset += z[j].numel()
     return torch.stack([kl, squared])
