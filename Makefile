@@ -12,12 +12,14 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math \
+    -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # $(call quietly,COMMAND): pip's chatter goes to the log; when it fails, the end of the log is shown.
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench lint format clean
+.PHONY: help install demo test test-slow bench sanitize lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,9 @@ bench: install ## measure the CPU ops against their budgets; fails when one is m
 	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)
 	@$(BIN)/python benchmarks/hot_paths.py
 
+sanitize: build/test_core ## run the C++ core under the address and undefined behaviour sanitizers
+	@$<
+
 lint: $(VENV)/.installed-dev ## check format, style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,6 +53,10 @@ format: $(VENV)/.installed-dev ## bring all files into the house format
 
 clean: ## remove .venv and everything that was built
 	@rm -rf vdu_fast/*.so $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+build/test_core: tests/cpp/test_core.cpp $(NATIVE)
+	@mkdir -p $(@D)
+	@$(CXX) $(SANITIZE) csrc/cpu/isa*.cpp $< -o $@
 
 # A Python that is too old, or a pyenv shim without a Python behind it, is passed over.
 $(VENV)/bin/python:

@@ -47,13 +47,17 @@ def _load(backend: Backend) -> str | None:
     if backend.device == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     if find_spec(backend.module) is None:
-        return f"{backend.module} was not built; reinstall with VDU_FAST_BUILD_{backend.name.upper()}=1 to see why"
-    try:
-        import_module(backend.module)
-    except (ImportError, OSError, RuntimeError) as error:
-        logger.warning("%s cannot be loaded, the torch reference runs instead: %s", backend.module, error)
-        return f"{backend.module} cannot be loaded: {error}"
-    return None
+        absence = f"{backend.module} was not built; reinstall with VDU_FAST_BUILD_{backend.name.upper()}=1 to see why"
+    else:
+        try:
+            import_module(backend.module)
+            return None
+        except (ImportError, OSError, RuntimeError) as error:
+            absence = f"{backend.module} cannot be loaded: {error}"
+    there = backend.device == "cpu" or torch.cuda.is_available()
+    if there and os.environ.get("VDU_FAST_BACKEND") != "reference":
+        logger.warning("the torch reference runs on %s, many times slower: %s", backend.device, absence)
+    return absence
 
 
 ABSENCES = {backend.name: _load(backend) for backend in BACKENDS}

@@ -6,10 +6,13 @@ changes. Seeds and steps travel as int64 tensors, because torch.compile would co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vdu_fast import reference
 from vdu_fast.reference import compute_dtype
@@ -85,9 +88,45 @@ PUBLIC_OPS = (
     "welford_update_",
 )
 
+
+def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Results are contiguous whichever backend runs; the reference on its own keeps the strides of its arguments."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if isinstance(result, tuple):
+            return tuple(tensor.contiguous() for tensor in result)
+        return result if result is None else result.contiguous()
+
+    return call
+
+
+def _count_writes(name: str) -> None:
+    """Let autograd see that an op writes into its arguments.
+
+    It refuses to use a saved tensor that was overwritten in the meantime, and learns of that from a version number,
+    which torch's own kernels keep and others have to.
+    """
+    overload = getattr(torch.ops.vdu_fast, name).default
+    arguments = enumerate(overload._schema.arguments)
+    written = [k for k, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    if not written:
+        return
+
+    def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        for k in written:
+            torch.autograd.graph.increment_version(args[k])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    LIBRARY.impl(name, call, "ADInplaceOrView", with_keyset=True)
+
+
 for _name, _signature in SCHEMAS.items():
     LIBRARY.define(_name + _signature)
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _contiguous(getattr(reference, _name)), "CompositeExplicitAutograd")
+    _count_writes(_name)
 
 
 # Shapes without data.
@@ -191,6 +230,11 @@ def _whitened_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, d_prior_std, d_z, None, None
 
 
+def _sum_per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B], the sums over each sample's elements, in the dtype of `like`."""
+    return (values.flatten(1).sum(1) if values.ndim > 1 else values).to(like)
+
+
 def _mix_noise_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -203,11 +247,11 @@ def _mix_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale = signal.to(grad.device, wide).reshape((-1,) + (1,) * (grad.ndim - 1))
         d_x0 = (grad.to(wide) * scale).to(x0.dtype)
     if ctx.needs_input_grad[1]:
-        d_signal = (grad.to(wide) * x0.to(wide)).reshape(len(signal), -1).sum(1).to(signal)
+        d_signal = _sum_per_sample(grad.to(wide) * x0.to(wide), signal)
     if ctx.needs_input_grad[2]:
         eps = torch.empty_like(x0, dtype=wide, memory_format=torch.contiguous_format)
         _OPS.standard_normal_(eps, seed, step, stream=int(Stream.IMAGE_NOISE))
-        d_noise = (grad.to(wide) * eps).reshape(len(noise), -1).sum(1).to(noise)
+        d_noise = _sum_per_sample(grad.to(wide) * eps, noise)
     return d_x0, d_signal, d_noise, None, None
 
 
@@ -217,16 +261,20 @@ def _error_setup(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) ->
 
 def _error_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     prediction, x0, signal, noise, seed, step = ctx.saved_tensors
-    if any(ctx.needs_input_grad[2:4]):
-        raise NotImplementedError("noise_prediction_loss is not differentiable in signal and noise; detach them")
-    if not any(ctx.needs_input_grad[:2]):
-        return (None,) * 6
+    d_x0 = d_signal = d_noise = None
     d_prediction = _OPS.noise_prediction_error_backward(grad, prediction, x0, signal, noise, seed, step)
-    d_x0 = None
     if ctx.needs_input_grad[1]:
-        scale = -1 if signal is None else -signal.to(d_prediction).reshape((-1,) + (1,) * (prediction.ndim - 1))
-        d_x0 = d_prediction * scale
-    return d_prediction if ctx.needs_input_grad[0] else None, d_x0, None, None, None, None
+        d_x0 = -d_prediction
+        if signal is not None:
+            d_x0 = d_x0 * signal.to(d_x0).reshape((-1,) + (1,) * (d_x0.ndim - 1))
+        d_x0 = d_x0.to(x0.dtype)
+    if ctx.needs_input_grad[2] and x0 is not None:
+        d_signal = -_sum_per_sample(d_prediction.to(grad.dtype) * x0.to(grad.dtype), signal)
+    if ctx.needs_input_grad[3]:
+        eps = torch.empty_like(prediction, dtype=grad.dtype, memory_format=torch.contiguous_format)
+        _OPS.standard_normal_(eps, seed, step, stream=int(Stream.IMAGE_NOISE))
+        d_noise = -_sum_per_sample(d_prediction.to(grad.dtype) * eps, noise)
+    return d_prediction if ctx.needs_input_grad[0] else None, d_x0, d_signal, d_noise, None, None
 
 
 def _kl_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -255,4 +303,7 @@ for _name, _backward, _setup in (
     ("gaussian_kl", _kl_backward, _kl_setup),
     ("quadratic_penalty", _penalty_backward, _kl_setup),
 ):
-    torch.library.register_autograd(f"vdu_fast::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
+    # Once: what draws the noise again is not recorded, and a second derivative without it would be wrong in silence.
+    torch.library.register_autograd(
+        f"vdu_fast::{_name}", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
+    )

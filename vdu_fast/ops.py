@@ -1,10 +1,10 @@
 """The hot paths as functions for anyone's training loop, with their arguments checked.
 
-`seed` and `step` are ints or int64 scalar tensors; under torch.compile pass tensors, or every new value compiles anew.
-The same seed draws the same bits whatever the shape is split into: `offset` is the index of the first element (see
-`vdu_fast.rng`). Functions without a trailing underscore are differentiable in their float tensors; those with one write
-into their arguments. Where a list of tensors is accepted beside a tensor, the list is numbered as if its tensors lay
-end to end, so that parameters one by one and the flat buffer that holds them give the same bits.
+`seed` and `step` are ints or int64 tensors of one element; under torch.compile pass tensors, or every new value
+compiles anew. The same seed draws the same bits whatever the shape is split into: `offset` is the index of the first
+element (see `vdu_fast.rng`). Functions without a trailing underscore are differentiable, once, in their float tensors;
+those with one write into their arguments. Where a list of tensors is accepted beside a tensor, the list is numbered as
+if its tensors lay end to end, so that parameters one by one and the flat buffer that holds them give the same bits.
 
 float32, bfloat16 and float16 are computed in float32, float64 in float64. Which implementation runs is told by
 `vdu_fast.backends()` and chosen by `vdu_fast.use_backend`; all draw the same bits.
@@ -13,6 +13,7 @@ float32, bfloat16 and float16 are computed in float32, float64 in float64. Which
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, get_args
 
 import torch
@@ -50,11 +51,23 @@ def _implementation(name: str, device: torch.device) -> Callable[..., Any]:
     return getattr(torch.ops.vdu_fast, name)
 
 
-def _integer(value: Seed) -> Tensor:
+def _integer(name: str, value: Seed) -> Tensor:
+    """A seed or step as the int64 scalar tensor that the ops take."""
     if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            got = f"{value.dtype} {list(value.shape)}"
+            raise InputError(f"{name} must be an int or an int64 tensor of one element, got {got}.")
         return value
+    if not isinstance(value, Integral) or not -(2**63) <= value < 2**64:
+        raise InputError(f"{name} must be an int of at most 64 bits or an int64 tensor of one element, got {value!r}.")
     # Above 2^63 the same 64 bits are a negative int64.
     return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
+
+
+def _index(offset: int) -> int:
+    if offset < 0:
+        raise InputError(f"offset must be the index of the first element, 0 or more, got {offset}.")
+    return offset
 
 
 def _same_shape(op: str, **tensors: Tensor) -> None:
@@ -77,23 +90,48 @@ def _listed(op: str, **operands: Tensors | None) -> dict[str, list[Tensor]]:
         for name, value in operands.items()
     }
     first_name, first = next(iter(lists.items()))
+    shapes = [tensor.shape for tensor in first]
+    same_shapes = True
     for name, tensors in lists.items():
         if not tensors and operands[name] is None:
             continue
-        if [t.numel() for t in tensors] != [t.numel() for t in first]:
-            raise InputError(
-                f"{op}: {name} must match {first_name} tensor by tensor; got {[tuple(t.shape) for t in tensors]} "
-                f"beside {[tuple(t.shape) for t in first]}."
-            )
+        if [t.shape for t in tensors] != shapes:
+            same_shapes = False
+            if [t.numel() for t in tensors] != [t.numel() for t in first]:
+                raise InputError(
+                    f"{op}: {name} must match {first_name} tensor by tensor; got {[tuple(t.shape) for t in tensors]} "
+                    f"beside {[tuple(t.shape) for t in first]}."
+                )
         for tensor in tensors:
             if not tensor.is_floating_point():
                 raise InputError(f"{op}: {name} must be floating-point, got {tensor.dtype}.")
+            if tensor.dtype != tensors[0].dtype:
+                raise InputError(
+                    f"{op}: the tensors of {name} must have one dtype, got {tensors[0].dtype} and {tensor.dtype}; "
+                    "call once per dtype, with the offset of its first element."
+                )
             if not tensor.is_contiguous():
                 raise InputError(
                     f"{op}: {name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
                     "pass .contiguous(), or the buffer that it is a view of."
                 )
+    if not same_shapes:  # a flat buffer beside a parameter: their elements correspond in order
+        return {name: [tensor.detach().view(-1) for tensor in tensors] for name, tensors in lists.items()}
     return lists
+
+
+def _check_state(op: str, lists: dict[str, list[Tensor]], names: Sequence[str]) -> None:
+    """Refuse operands whose dtype is not that of the first of these."""
+    wanted = lists[names[0]][0].dtype
+    for name in names[1:]:
+        if lists[name] and lists[name][0].dtype != wanted:
+            raise InputError(f"{op}: {name} must have the dtype of {names[0]}, {wanted}, got {lists[name][0].dtype}.")
+
+
+def _check_wide(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse to accumulate in a dtype that would lose the small updates."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}.")
 
 
 def standard_normal(
@@ -109,10 +147,17 @@ def standard_normal(
     """Standard normals of the given shape; element i of the flattened result has index offset + i.
 
     Drawn in float32 and then converted to `dtype`, so that every dtype sees the same noise.
+
+    Raises:
+        InputError: dtype is not floating-point, or stream is not in [0, 2^32).
     """
+    if not dtype.is_floating_point:
+        raise InputError(f"standard_normal: dtype must be floating-point, got {dtype}.")
+    if not 0 <= stream < 2**32:
+        raise InputError(f"standard_normal: stream must be at least 0 and below 2^32, got {stream}.")
     out = torch.empty(shape, dtype=dtype, device=device)
     _implementation("standard_normal_", out.device)(
-        out, _integer(seed), _integer(step), stream=int(stream), offset=offset
+        out, _integer("seed", seed), _integer("step", step), stream=int(stream), offset=_index(offset)
     )
     return out
 
@@ -128,7 +173,7 @@ def sample_weights(mean: Tensor, log_std: Tensor, seed: Seed, step: Seed = 0, *,
     """
     _same_shape("sample_weights", mean=mean, log_std=log_std)
     op = _implementation("sample_weights", mean.device)
-    return op(mean, log_std, _integer(seed), _integer(step), offset=offset)
+    return op(mean, log_std, _integer("seed", seed), _integer("step", step), offset=_index(offset))
 
 
 def sample_weights_(
@@ -138,16 +183,18 @@ def sample_weights_(
 
     Args:
         out: contiguous float tensor or list of them, in any float dtype.
-        mean, log_std: the same, in float32 or more.
+        mean, log_std: the same, of one dtype.
 
     Raises:
-        InputError: the lists do not match, or a tensor is not contiguous or not floating-point.
+        InputError: the lists do not match, mean and log_std differ in dtype, or a tensor is not contiguous or not
+            floating-point.
     """
     lists = _listed("sample_weights_", out=out, mean=mean, log_std=log_std)
     if lists["out"]:
+        _check_state("sample_weights_", lists, ("mean", "log_std"))
         with torch.no_grad():
             op = _implementation("sample_weights_", lists["out"][0].device)
-            op(*lists.values(), _integer(seed), _integer(step), offset=offset)
+            op(*lists.values(), _integer("seed", seed), _integer("step", step), offset=_index(offset))
 
 
 def sample_whitened_weights(
@@ -171,7 +218,15 @@ def sample_whitened_weights(
     """
     _same_shape("sample_whitened_weights", center=center, prior_std=prior_std, z=z)
     op = _implementation("sample_whitened_weights", z.device)
-    return op(center, prior_std, z, _integer(seed), _integer(step), noise_scale=float(noise_scale), offset=offset)
+    return op(
+        center,
+        prior_std,
+        z,
+        _integer("seed", seed),
+        _integer("step", step),
+        noise_scale=float(noise_scale),
+        offset=_index(offset),
+    )
 
 
 def sample_whitened_weights_(
@@ -189,7 +244,8 @@ def sample_whitened_weights_(
     """center + prior_std (z + noise_scale n), or center + prior_std z + exp(log_std) n, into `out` of any float dtype.
 
     Args:
-        out, center, prior_std, z, log_std: contiguous float tensors, or lists of them that match tensor by tensor.
+        out: contiguous float tensor or list of them, in any float dtype.
+        center, prior_std, z, log_std: the same, of one dtype.
         noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean in any case, and
             draws nothing.
 
@@ -198,9 +254,16 @@ def sample_whitened_weights_(
     """
     lists = _listed("sample_whitened_weights_", out=out, center=center, prior_std=prior_std, z=z, log_std=log_std)
     if lists["out"]:
+        _check_state("sample_whitened_weights_", lists, ("z", "center", "prior_std", "log_std"))
         with torch.no_grad():
             op = _implementation("sample_whitened_weights_", lists["out"][0].device)
-            op(*lists.values(), _integer(seed), _integer(step), noise_scale=float(noise_scale), offset=offset)
+            op(
+                *lists.values(),
+                _integer("seed", seed),
+                _integer("step", step),
+                noise_scale=float(noise_scale),
+                offset=_index(offset),
+            )
 
 
 def add_noise(x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, seed: Seed, step: Seed = 0) -> Tensor:
@@ -214,13 +277,13 @@ def add_noise(x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, seed: Seed,
     Raises:
         InputError: x0 is not floating-point, timesteps is not int64 [B], or alphas_cumprod is not one-dimensional.
     """
+    _check_batch("add_noise", "x0", x0)
     if timesteps.dtype != torch.int64 or timesteps.shape != x0.shape[:1]:
         raise InputError(
             f"add_noise: timesteps must be int64 {list(x0.shape[:1])}, got {timesteps.dtype} {list(timesteps.shape)}."
         )
     if alphas_cumprod.ndim != 1:
         raise InputError(f"add_noise: alphas_cumprod must be [T], got {list(alphas_cumprod.shape)}.")
-    _same_shape("add_noise", x0=x0)
     abar = alphas_cumprod.to(x0.device)[timesteps.to(x0.device)]
     return mix_noise(x0, abar.sqrt(), (1 - abar).sqrt(), seed, step)
 
@@ -235,10 +298,16 @@ def mix_noise(x0: Tensor, signal: Tensor, noise: Tensor, seed: Seed, step: Seed 
     Raises:
         InputError: x0 is not floating-point, or signal or noise is not float [B].
     """
-    _same_shape("mix_noise", x0=x0)
+    _check_batch("mix_noise", "x0", x0)
     for name, value in (("signal", signal), ("noise", noise)):
         _check_per_sample("mix_noise", name, value, x0)
-    return _implementation("mix_noise", x0.device)(x0, signal, noise, _integer(seed), _integer(step))
+    return _implementation("mix_noise", x0.device)(x0, signal, noise, _integer("seed", seed), _integer("step", step))
+
+
+def _check_batch(op: str, name: str, batch: Tensor) -> None:
+    _same_shape(op, **{name: batch})
+    if batch.ndim == 0:
+        raise InputError(f"{op}: {name} must be [B, ...], got a scalar; a batch of one is {name}[None].")
 
 
 def _check_per_sample(op: str, name: str, value: Tensor, batch: Tensor) -> None:
@@ -294,12 +363,13 @@ def noise_prediction_loss(
         raise InputError(f"{op}: saturation {saturation!r} needs {' and '.join(missing)}, float [B].")
     if signal is not None and target is None:
         raise InputError(f"{op}: signal multiplies target; give target = x_0 beside it.")
+    _check_batch(op, "prediction", prediction)
     for name, value in vectors.items():
         if value is not None:
             _check_per_sample(op, name, value, prediction)
     _same_shape(op, prediction=prediction, **({} if target is None else {"target": target}))
     implementation = _implementation("noise_prediction_error", prediction.device)
-    error = implementation(prediction, target, signal, noise, _integer(seed), _integer(step))
+    error = implementation(prediction, target, signal, noise, _integer("seed", seed), _integer("step", step))
     if weight is not None:
         error = error * weight.to(error)
     error = reference.saturate(error, saturation, limit=limit, beta=beta, before=before)
@@ -361,8 +431,8 @@ def variational_gradients(
     with torch.no_grad():
         op = _implementation("variational_gradients", mean.device)
         return op(
-            grad, mean, log_std, prior_mean, prior_std, _integer(seed), _integer(step),
-            kl_weight=float(kl_weight), offset=offset,
+            grad, mean, log_std, prior_mean, prior_std, _integer("seed", seed), _integer("step", step),
+            kl_weight=float(kl_weight), offset=_index(offset),
         )  # fmt: skip
 
 
@@ -427,14 +497,14 @@ def variational_step_(
         raise InputError(f"{op}: log_std, std_first and std_second go together; give all three or none.")
     if not lists["theta"]:
         return torch.zeros(2, dtype=torch.float64)
-    for name in ("center", "prior_std", "first", "second", "log_std", "std_first", "std_second", "noise_grad"):
-        if lists[name] and lists[name][0].dtype != lists["z"][0].dtype:
-            dtype = lists["z"][0].dtype
-            raise InputError(f"{op}: {name} must have the dtype of z, {dtype}, got {lists[name][0].dtype}.")
+    _check_wide(op, "z", lists["z"][0])
+    state = ("z", "center", "prior_std", "first", "second", "log_std", "std_first", "std_second", "noise_grad")
+    _check_state(op, lists, state)
     with torch.no_grad():
         return _implementation(op, lists["theta"][0].device)(
-            *lists.values(), constants.tensor(), _integer(seed), _integer(draw), _integer(next_draw),
-            RULES.index(rule), offset=offset,
+            *lists.values(), constants.tensor(),
+            _integer("seed", seed), _integer("draw", draw), _integer("next_draw", next_draw),
+            RULES.index(rule), offset=_index(offset),
         )  # fmt: skip
 
 
@@ -445,10 +515,16 @@ def variational_gradient_norm(
 
     Args:
         grad, z, prior_std, constants, rule: as for `variational_step_`.
+
+    Raises:
+        InputError: an unknown rule, or tensors that do not match.
     """
     if rule not in RULES:
         raise InputError(f"variational_gradient_norm: rule must be one of {', '.join(RULES)}, got {rule!r}.")
     lists = _listed("variational_gradient_norm", grad=grad, z=z, prior_std=prior_std)
+    if lists["z"]:
+        _check_wide("variational_gradient_norm", "z", lists["z"][0])
+        _check_state("variational_gradient_norm", lists, ("z", "prior_std"))
     with torch.no_grad():
         device = lists["z"][0].device if lists["z"] else torch.device("cpu")
         op = _implementation("variational_gradient_norm", device)
@@ -463,12 +539,22 @@ def add_noise_gradient_(
     Args:
         sum: updated, float32 or float64.
         grad: dL/dtheta at the weights of `draw`, any float dtype.
+
+    Raises:
+        InputError: the lists do not match, a tensor is not contiguous, or sum has another dtype.
     """
     lists = _listed("add_noise_gradient_", sum=sum, grad=grad)
     if lists["sum"]:
+        _check_wide("add_noise_gradient_", "sum", lists["sum"][0])
         with torch.no_grad():
             op = _implementation("add_noise_gradient_", lists["sum"][0].device)
-            op(*lists.values(), _integer(seed), _integer(draw), scale=float(scale), offset=offset)
+            op(
+                *lists.values(),
+                _integer("seed", seed),
+                _integer("draw", draw),
+                scale=float(scale),
+                offset=_index(offset),
+            )
 
 
 def welford_update_(mean: Tensor, squares: Tensor, value: Tensor, count: int) -> Tensor:
@@ -489,6 +575,7 @@ def welford_update_(mean: Tensor, squares: Tensor, value: Tensor, count: int) ->
         raise InputError(f"welford_update_: count must be at least 1, the number of values with this one, got {count}.")
     _same_shape("welford_update_", mean=mean, squares=squares)
     _listed("welford_update_", mean=mean, squares=squares)
+    _check_wide("welford_update_", "mean", mean)
     if value.shape != mean.shape or not value.is_floating_point():
         raise InputError(
             f"welford_update_: value must be a float tensor of shape {tuple(mean.shape)}, got {value.dtype} "

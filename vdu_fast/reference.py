@@ -429,7 +429,8 @@ def _step_z(
     else:
         if first is not None:
             g = first.copy_(k.momentum * first + g)
-        g = g.sign() if rule == "natural_sign" else g
+        if rule == "natural_sign":
+            g = torch.where((g > 0) | (g < 0), g.sign(), g)  # torch's sign of NaN is 0: a step that hides it
     z.copy_(z - k.learning_rate * g)
     return squared
 

@@ -8,10 +8,10 @@
 
 namespace vdu::VDU_ISA {
 
-// How a gradient becomes a step; the values are part of the op's schema (vdu_fast/optim.py holds the same).
+// How a gradient becomes a step; the values are part of the op's schema (vdu_fast/reference.py holds the same).
 enum class Rule : int32_t { natural = 0, natural_sign = 1, natural_adam = 2, adam = 3 };
 
-// The scalars of one step, in the order of the op's `constants` tensor (vdu_fast/optim.py holds the same).
+// The scalars of one step, in the order of the op's `constants` tensor (vdu_fast/reference.py holds the same).
 template <typename T>
 struct StepConstants {
   T learning_rate;      // in units of prior_std for the natural rules, of the weights for adam

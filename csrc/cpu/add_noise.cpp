@@ -13,6 +13,20 @@ Tensor mix_noise(Tensor x0, Tensor signal, Tensor noise, Tensor seed, Tensor ste
   with_compute_type(is_wide(x0), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();
+    if (batch.small()) {
+      for_each_pack<T, 2>(batch, {to, in}, [&](const Stream<T, 2>& elements, int64_t b) {
+        alignas(64) T n[kBlock];
+        elements.for_each_block(0, [&](const auto& p, int64_t first, int64_t count) {
+          blocks.normals(draw, static_cast<uint64_t>(b * batch.elements + first), n);
+          for_each_sample(batch, first, count, [&](int64_t sample, int64_t from, int64_t end) {
+            const auto at = static_cast<size_t>(b + sample);
+            const T scale = static_cast<T>(signals[at]), noise_scale = static_cast<T>(noises[at]);
+            for (int64_t i = from; i < end; ++i) p[0][i] = scale * p[1][i] + noise_scale * n[i];
+          });
+        });
+      });
+      return;
+    }
     for_each_chunk(batch.samples * batch.chunks, [&](int64_t chunk) {
       const int64_t b = chunk / batch.chunks, start = b * batch.elements;
       const Stream<T, 2> elements(isa(), {0, batch.elements},

@@ -35,7 +35,7 @@ struct StepSums {
 
 template <typename T>
 struct Blocks {
-  // out[i] = scale * the normal of element first + i.
+  // out[i] = the normal of element first + i.
   void (*normals)(const Draw&, uint64_t first, T* out);
 
   void (*sample)(const T* mean, const T* log_std, const T* n, T* out);

@@ -17,11 +17,11 @@ std::vector<const Isa*> available() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw")) {
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("f16c")) {
     found.push_back(&isa_avx512);
   }
-  // Every processor with AVX2 also converts half precision (F16C).
-  if (__builtin_cpu_supports("avx2")) found.push_back(&isa_avx2);
+  // Every processor with AVX2 also converts half precision (F16C), but a virtual machine may hide it.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back(&isa_avx2);
 #endif
   found.push_back(&isa_baseline);
   return found;

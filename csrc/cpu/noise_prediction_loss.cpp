@@ -19,6 +19,14 @@ struct Target {
     check_same_shape(prediction, *given, "target");
     x0.push_back(torch::stable::contiguous(*given));
   }
+
+  // prediction - target for one element of sample b; x0 is null where none was given.
+  template <typename T>
+  T difference(T prediction, const T* x0, T n, size_t b) const {
+    const T aim = static_cast<T>(signal[b]), scale = static_cast<T>(noise[b]);
+    if (x0 == nullptr) return prediction - scale * n;
+    return noisy ? prediction - (aim * *x0 + scale * n) : prediction - aim * *x0;
+  }
 };
 
 }  // namespace
@@ -36,6 +44,22 @@ Tensor noise_prediction_error(Tensor prediction, std::optional<Tensor> x0, std::
   with_compute_type(is_wide(prediction), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();
+    if (batch.small()) {  // one chunk a sample
+      for_each_pack<T, 2>(batch, {predicted, aim}, [&](const Stream<T, 2>& elements, int64_t b) {
+        alignas(64) T n[kBlock] = {};
+        elements.for_each_block(0, [&](const auto& p, int64_t first, int64_t count) {
+          if (target.noisy) blocks.normals(draw, static_cast<uint64_t>(b * batch.elements + first), n);
+          for_each_sample(batch, first, count, [&](int64_t sample, int64_t from, int64_t end) {
+            const auto at = static_cast<size_t>(b + sample);
+            for (int64_t i = from; i < end; ++i) {
+              const T d = target.difference(p[0][i], p[1] == nullptr ? nullptr : p[1] + i, n[i], at);
+              partial[at] += static_cast<double>(d * d);
+            }
+          });
+        });
+      });
+      return;
+    }
     for_each_chunk(chunks, [&](int64_t chunk) {
       const int64_t b = chunk / batch.chunks, start = b * batch.elements;
       const auto at = static_cast<size_t>(b);
@@ -76,6 +100,23 @@ Tensor noise_prediction_error_backward(Tensor grad, Tensor prediction, std::opti
   with_compute_type(is_wide(prediction), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();
+    if (batch.small()) {
+      for_each_pack<T, 3>(batch, {to, predicted, aim}, [&](const Stream<T, 3>& elements, int64_t b) {
+        alignas(64) T n[kBlock] = {};
+        elements.for_each_block(0, [&](const auto& p, int64_t first, int64_t count) {
+          if (target.noisy) blocks.normals(draw, static_cast<uint64_t>(b * batch.elements + first), n);
+          for_each_sample(batch, first, count, [&](int64_t sample, int64_t from, int64_t end) {
+            const auto at = static_cast<size_t>(b + sample);
+            const T scale = static_cast<T>(2 * grads[at]);
+            for (int64_t i = from; i < end; ++i) {
+              const T d = target.difference(p[1][i], p[2] == nullptr ? nullptr : p[2] + i, n[i], at);
+              p[0][i] = scale == T(0) ? T(0) : scale * d;
+            }
+          });
+        });
+      });
+      return;
+    }
     for_each_chunk(batch.samples * batch.chunks, [&](int64_t chunk) {
       const int64_t b = chunk / batch.chunks, start = b * batch.elements;
       const auto at = static_cast<size_t>(b);

@@ -112,10 +112,11 @@ class Stream {
     if (stored_as<T>(storage)) {
       std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
     } else if constexpr (std::is_same_v<T, float>) {
-      const auto* words = reinterpret_cast<const uint16_t*>(from);
-      storage == Storage::float16 ? isa_.convert.from_half(words, to, n) : isa_.convert.from_bfloat16(words, to, n);
+      load_float(storage, from, to, n);
     } else {
-      load_narrow(storage, from, to, n);
+      float narrow[kBlock];
+      load_float(storage, from, narrow, n);
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow[i];
     }
   }
 
@@ -123,31 +124,55 @@ class Stream {
     if (stored_as<T>(storage)) {
       std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
     } else if constexpr (std::is_same_v<T, float>) {
-      auto* words = reinterpret_cast<uint16_t*>(to);
-      storage == Storage::float16 ? isa_.convert.to_half(from, words, n) : isa_.convert.to_bfloat16(from, words, n);
+      store_float(storage, from, to, n);
     } else {
       float narrow[kBlock];
       for (int64_t i = 0; i < n; ++i) narrow[i] = static_cast<float>(from[i]);
-      if (storage == Storage::float32) {
-        std::memcpy(to, narrow, static_cast<size_t>(n) * sizeof(float));
-      } else {
-        auto* words = reinterpret_cast<uint16_t*>(to);
-        storage == Storage::float16 ? isa_.convert.to_half(narrow, words, n) : isa_.convert.to_bfloat16(narrow, words, n);
-      }
+      store_float(storage, narrow, to, n);
     }
   }
 
-  // float64 computation with operands stored in fewer bits.
-  void load_narrow(Storage storage, const char* from, double* to, int64_t n) const {
-    float narrow[kBlock];
-    if (storage == Storage::float32) {
-      std::memcpy(narrow, from, static_cast<size_t>(n) * sizeof(float));
-    } else {
-      const auto* words = reinterpret_cast<const uint16_t*>(from);
-      storage == Storage::float16 ? isa_.convert.from_half(words, narrow, n)
-                                  : isa_.convert.from_bfloat16(words, narrow, n);
+  void load_float(Storage storage, const char* from, float* to, int64_t n) const {
+    const auto* words = reinterpret_cast<const uint16_t*>(from);
+    switch (storage) {
+      case Storage::float32:
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+        break;
+      case Storage::float64:
+        for (int64_t i = 0; i < n; ++i) {
+          double wide;
+          std::memcpy(&wide, from + i * bytes_of(storage), sizeof wide);
+          to[i] = static_cast<float>(wide);
+        }
+        break;
+      case Storage::float16:
+        isa_.convert.from_half(words, to, n);
+        break;
+      case Storage::bfloat16:
+        isa_.convert.from_bfloat16(words, to, n);
+        break;
     }
-    for (int64_t i = 0; i < n; ++i) to[i] = narrow[i];
+  }
+
+  void store_float(Storage storage, const float* from, char* to, int64_t n) const {
+    auto* words = reinterpret_cast<uint16_t*>(to);
+    switch (storage) {
+      case Storage::float32:
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+        break;
+      case Storage::float64:
+        for (int64_t i = 0; i < n; ++i) {
+          const double wide = from[i];
+          std::memcpy(to + i * bytes_of(storage), &wide, sizeof wide);
+        }
+        break;
+      case Storage::float16:
+        isa_.convert.to_half(from, words, n);
+        break;
+      case Storage::bfloat16:
+        isa_.convert.to_bfloat16(from, words, n);
+        break;
+    }
   }
 
   const Isa& isa_;

@@ -86,6 +86,7 @@ Tensor variational_gradient_norm(Tensors grad, Tensors z, Tensors prior_std, Ten
   const auto numels = numels_of(z);
   check_same_sizes(numels, grad, "grad");
   check_same_sizes(numels, prior_std, "prior_std");
+  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
   const auto k = constants_of(constants);
   const auto sums = with_compute_type(is_wide(z), [&](auto zero) {
     using T = decltype(zero);
