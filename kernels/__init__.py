@@ -1,8 +1,8 @@
 """The ops in Triton: for every GPU that Triton supports, without a compiler for CUDA on the user's machine.
 
-Each function here has the signature of its op in vdu_fast/_schema.py and can be called directly, without autograd:
-tensors of a GPU, or of the CPU when TRITON_INTERPRET=1 was set before Triton was imported. Computed in float32; calls in
-float64 go to the torch reference. `register` puts them behind torch's dispatcher.
+Each function here has the signature of its op in vdu_fast/_schema.py and can be called directly, without autograd, on
+tensors of a GPU, or of the CPU when TRITON_INTERPRET=1 was set before Triton was imported. All compute in float32;
+calls in float64 go to the torch reference. `register` puts them behind torch's dispatcher.
 
 Importing this package needs neither a GPU nor Triton; without Triton its functions are absent.
 """
@@ -39,7 +39,7 @@ LAUNCHERS = {
 }
 
 ABSENCE = None if find_spec("triton") else "triton is not installed; pip install 'vdu_fast[triton]'"
-INTERPRETED = False
+INTERPRETED = False  # whether the kernels run on the CPU
 
 if ABSENCE is None:
     # Some modules have the name of their op: the functions go over them.
@@ -47,7 +47,7 @@ if ABSENCE is None:
         op: getattr(import_module(f"{__name__}.{module}"), op) for op, module in LAUNCHERS.items()
     }
     globals().update(_found)
-    from vdu_fast.kernels.launch import INTERPRETED
+    INTERPRETED = import_module(f"{__name__}.launch").INTERPRETED
 
 __all__ = [*LAUNCHERS]
 

@@ -92,7 +92,7 @@ def _step(name: str, rule: str, theta: str, learned: bool = False, **options: An
     state = {
         "first": "fp32 rw" if "adam" in rule else None,
         "second": "fp32 rw" if "adam" in rule else None,
-        **{key: "fp32 rw" if learned else None for key in ("log_std", "std_first", "std_second")},
+        **dict.fromkeys(("log_std", "std_first", "std_second"), "fp32 rw" if learned else None),
     }
     operands = {
         "theta": f"{theta} w", "grad": f"{theta} r", "center": "fp32 r", "prior_std": "fp32 r", "z": "fp32 rw", **state,
@@ -174,7 +174,7 @@ def _float32_cases(kind: str) -> list[Case]:
         Case("welford_update fp32", "welford_update", "welford_update_kernel",
              {"mean": "fp32 rw", "squares": "fp32 rw", "value": "fp32 r", "partials": "fp64"},
              {"slots": "i32", "inverse_count": "fp32", "numel": "i32"}, SUMS, **quiet),
-        Case("fold", "sums", "fold_kernel", {"partials": "fp64", "out": "fp64"}, {"slots": "i32"}, {"BLOCK": 8192},
+        Case("fold", "sums", "fold_kernel", {"partials": "fp64", "out": "fp64"}, {"rows": "i32", "slots": "i32"}, {"ROWS": 1, "BLOCK": 8192},
              warps=16, streams=False, noisy=False),
     ]  # fmt: skip
 

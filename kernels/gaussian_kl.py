@@ -19,7 +19,7 @@ from vdu_fast.kernels.launch import (
     over_elements,
 )
 from vdu_fast.kernels.noise import WEIGHTS, normals, scalar
-from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, fold, partials_of
+from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, chunks_of, fold, partials_of
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _sum_like(tensor: Tensor) -> Tensor:
 def _divergence(mean: Tensor, log_std: Tensor | None, prior_mean: Tensor, prior_std: Tensor) -> Tensor:
     check_beside(mean, log_std=log_std, prior_mean=prior_mean, prior_std=prior_std)
     operands = [t if t is None else t.contiguous() for t in (mean, log_std, prior_mean, prior_std)]
-    partials = partials_of(mean, 1, triton.cdiv(mean.numel(), CHUNK))
+    partials = partials_of(mean, 1, chunks_of(mean.numel()))
     over_elements(gaussian_kl_kernel, mean.numel(), 0, partials, *operands, BLOCK=CHUNK, num_warps=CHUNK_WARPS)
     return fold(partials, _sum_like(mean)).reshape(())
 
@@ -196,7 +196,7 @@ def variational_gradients(
     check_beside(mean, grad=grad, log_std=log_std, prior_mean=prior_mean, prior_std=prior_std)
     operands = [t.contiguous() for t in (grad, mean, log_std, prior_mean, prior_std)]
     d_mean, d_log_std = torch.empty_like(operands[1]), torch.empty_like(operands[2])
-    partials = partials_of(mean, 1, triton.cdiv(mean.numel() + offset % 4, CHUNK))
+    partials = partials_of(mean, 1, chunks_of(mean.numel(), offset))
     over_elements(
         variational_gradients_kernel, mean.numel(), offset, d_mean, d_log_std, partials, *operands, float(kl_weight),
         integer(seed, "seed", mean), integer(step, "step", mean), offset // 4, BLOCK=CHUNK, num_warps=CHUNK_WARPS,

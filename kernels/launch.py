@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vdu_fast import reference
+from vdu_fast import _schema, reference
 from vdu_fast.errors import InputError
 from vdu_fast.kernels import tuned
 
@@ -73,7 +73,7 @@ def over_elements(kernel: Any, numel: int, offset: int, *arguments: Any, BLOCK: 
     """Run a list kernel over a tensor of `numel` elements, the first of which has index `offset`."""
     # Blocks begin with a whole group of four normals, hence before the tensor where the offset is within one.
     skip = offset % 4
-    programs = triton.cdiv(numel + skip, BLOCK)
+    programs = triton.cdiv(numel + skip, BLOCK) if numel > 0 else 0
     # A mask that ends off a multiple of 16 would forbid vector accesses: then only the last program has one.
     split = skip == 0 and numel % 16 != 0 and numel > BLOCK
     launch(kernel, programs, *arguments, numel, SKIP=skip, SPLIT=split, BLOCK=BLOCK, **options)
@@ -104,7 +104,7 @@ def vector(values: Tensor | None, name: str, count: int, like: Tensor) -> Tensor
     return values.to(like.device, non_blocking=True).contiguous()
 
 
-def check_beside(like: Tensor, **operands: Tensor | Sequence[Tensor] | None) -> None:
+def check_beside(like: Tensor, /, **operands: Tensor | Sequence[Tensor] | None) -> None:
     """Refuse operands on another device, and those of in-place ops (lists) that are not contiguous."""
     for name, operand in operands.items():
         for tensor in [operand] if isinstance(operand, Tensor) else operand or []:
@@ -114,7 +114,7 @@ def check_beside(like: Tensor, **operands: Tensor | Sequence[Tensor] | None) -> 
                 raise InputError(f"{name} must be contiguous; call .contiguous() on it first.")
 
 
-def check_sizes(first: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+def check_sizes(first: Sequence[Tensor], /, **lists: Sequence[Tensor]) -> None:
     """Refuse lists that do not match the first one tensor by tensor; an absent operand is an empty list."""
     numels = [tensor.numel() for tensor in first]
     for name, tensors in lists.items():
@@ -140,7 +140,7 @@ def float32_only(decides: str) -> Callable[[Callable[..., Any]], Callable[..., A
             first = operand if isinstance(operand, Tensor) else next(iter(operand), None)
             if first is not None and first.dtype == torch.float64:
                 _tell_wide(name)
-                return getattr(reference, name)(*args, **kwargs)
+                return _schema._contiguous(getattr(reference, name))(*args, **kwargs)
             return launcher(*args, **kwargs)
 
         return checked

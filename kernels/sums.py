@@ -15,14 +15,20 @@ _FOLD = 8192  # partials that the second pass reads at a time
 
 
 @triton.jit
-def fold_kernel(partials, out, slots, BLOCK: tl.constexpr):
-    """out[row] = sum of the row's partials; one program per row."""
-    row = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros([BLOCK], tl.float64)
+def fold_kernel(partials, out, rows, slots, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row] = sum of the row's partials; a program adds up ROWS of them."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, BLOCK], tl.float64)
     for first in range(0, slots, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        sums += tl.load(partials + row * slots + at, mask=at < slots, other=0.0)
-    tl.store(out + row, tl.sum(sums, axis=0).to(out.dtype.element_ty))
+        slot = first + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (slot < slots)[None, :]
+        sums += tl.load(partials + row[:, None] * slots + slot[None, :], mask=inside, other=0.0)
+    tl.store(out + row, tl.sum(sums, axis=1).to(out.dtype.element_ty), mask=row < rows)
+
+
+def chunks_of(numel: int, offset: int = 0) -> int:
+    """Chunks of a tensor whose first element has index `offset`: its programs, see `launch.over_elements`."""
+    return triton.cdiv(numel + offset % 4, CHUNK) if numel > 0 else 0
 
 
 def partials_of(like: Tensor, rows: int, slots: int) -> Tensor:
@@ -34,5 +40,10 @@ def fold(partials: Tensor, out: Tensor) -> Tensor:
     """Add up every row of `partials` into `out`, [rows] of any float dtype."""
     rows, slots = partials.shape
     block = min(_FOLD, triton.next_power_of_2(max(slots, 1)))
-    launch(fold_kernel, rows, partials, out, slots, BLOCK=block, num_warps=max(1, block // 512))
+    together = min(triton.next_power_of_2(max(rows, 1)), max(1, CHUNK // block))
+    warps = max(1, together * block // 512)
+    launch(
+        fold_kernel, triton.cdiv(rows, together), partials, out, rows, slots, ROWS=together, BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
     return out

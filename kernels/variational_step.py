@@ -6,7 +6,6 @@ One launch updates a tensor, one more adds up what all of them left. The formula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +26,7 @@ from vdu_fast.kernels.launch import (
 )
 from vdu_fast.kernels.noise import WEIGHTS, normals
 from vdu_fast.kernels.sample_weights import whitened_weight
-from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, fold, partials_of
+from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, chunks_of, fold, partials_of
 from vdu_fast.reference import RULES, StepConstants
 
 Tensors = Sequence[Tensor]
@@ -126,10 +125,7 @@ def _step(
     kl = 0.5 * at_z * at_z
     std = None
     if log_std is not None:
-        if noise_grad is not None:
-            noisy = read(noise_grad, at, inside)
-        else:
-            noisy = g_theta * now
+        noisy = read(noise_grad, at, inside) if noise_grad is not None else g_theta * now
         rho = _move_log_std(values, on_device, noisy, log_std, prior, std_first, std_second, at, inside)
         ratio = rho - natural_log(prior)
         kl = kl + (0.5 * exponential(2.0 * ratio) - ratio - 0.5)
@@ -147,9 +143,8 @@ def variational_step_kernel(
 ):  # fmt: skip
     at = place(SKIP, BLOCK)
     now = None
-    if log_std is not None:
-        if noise_grad is None:
-            now = normals(seed, draw, WEIGHTS, groups(group, BLOCK))
+    if log_std is not None and noise_grad is None:
+        now = normals(seed, draw, WEIGHTS, groups(group, BLOCK))
     after = None
     if NOISY:
         after = normals(seed, next_draw, WEIGHTS, groups(group, BLOCK))
@@ -234,7 +229,7 @@ def _slots(tensors: Tensors, offset: int) -> list[int]:
     """Where the partial sums of every tensor begin, and how many there are in all."""
     starts = [0]
     for tensor in tensors:
-        starts.append(starts[-1] + (triton.cdiv(tensor.numel() + offset % 4, CHUNK) if tensor.numel() else 0))
+        starts.append(starts[-1] + chunks_of(tensor.numel(), offset))
         offset += tensor.numel()
     return starts
 

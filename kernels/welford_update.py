@@ -10,7 +10,7 @@ from torch import Tensor
 from vdu_fast.errors import InputError
 from vdu_fast.kernels.access import is_whole, place, read, total, within, write
 from vdu_fast.kernels.launch import check_beside, check_sizes, float32_only, over_elements
-from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, fold, partials_of
+from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, chunks_of, fold, partials_of
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def welford_update_(mean: Tensor, squares: Tensor, value: Tensor, count: int) ->
         raise InputError(f"count must be at least 1, the number of values with this one, got {count}.")
     check_sizes([mean], squares=[squares], value=[value])
     check_beside(mean, mean=[mean], squares=[squares], value=value)
-    slots = triton.cdiv(mean.numel(), CHUNK)
+    slots = chunks_of(mean.numel())
     partials = partials_of(mean, 2, slots)
     over_elements(
         welford_update_kernel, mean.numel(), 0, mean, squares, value.contiguous(), partials, slots, 1 / count,

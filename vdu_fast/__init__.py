@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ _HOME = {
 _MODULES = ("ops", "reference")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
+
+# In a checkout that was never installed, vdu_fast.kernels lies beside the package.
+_CHECKOUT = Path(__file__).parents[1]
+if (_CHECKOUT / "kernels" / "variational_step.py").is_file() and (_CHECKOUT / "setup.py").is_file():
+    __path__.append(str(_CHECKOUT))
 
 try:
     __version__ = version("vdu_fast")
