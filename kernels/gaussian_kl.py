@@ -12,13 +12,13 @@ from vdu_fast.kernels.elementary import exponential, natural_log
 from vdu_fast.kernels.launch import (
     VARYING,
     block,
-    by_value,
     check_beside,
     float32_only,
     integer,
     over_elements,
+    vector,
 )
-from vdu_fast.kernels.noise import WEIGHTS, normals, scalar
+from vdu_fast.kernels.noise import WEIGHTS, normals
 from vdu_fast.kernels.sums import CHUNK, CHUNK_WARPS, chunks_of, fold, partials_of
 
 
@@ -53,7 +53,7 @@ def gaussian_kl_kernel(
 def _kl_backward(
     d_mean, d_log_std, d_prior_mean, d_prior_std, grad, mean, log_std, prior_mean, prior_std, at, inside
 ):  # fmt: skip
-    scale = scalar(grad).to(tl.float32)
+    scale = tl.load(grad).to(tl.float32)
     prior = read(prior_std, at, inside)
     scaled = tl.div_rn(read(mean, at, inside) - read(prior_mean, at, inside), prior)
     pull = scale * tl.div_rn(scaled, prior)
@@ -146,7 +146,7 @@ def _divergence_backward(
     wanted = [t is not None and bool(needs >> k & 1) for k, t in enumerate(inputs)]
     out = [torch.empty_like(t) if want else None for t, want in zip(inputs, wanted, strict=True)]
     sizes = block("gaussian_kl_backward", *(t for t in inputs if t is not None))
-    over_elements(gaussian_kl_backward_kernel, mean.numel(), 0, *inputs, *out, by_value(grad, "grad", mean), **sizes)
+    over_elements(gaussian_kl_backward_kernel, mean.numel(), 0, *inputs, *out, vector(grad, "grad", 1, mean), **sizes)
     return [mean.new_empty(0) if t is None else t for t in out]
 
 

@@ -83,11 +83,6 @@ def integer(value: Tensor, name: str, like: Tensor) -> int | Tensor:
     """An int64 scalar by value if it is on the CPU, else as the tensor that the kernel reads it from."""
     if value.dtype != torch.int64 or value.numel() != 1:
         raise InputError(f"{name} must be an int64 tensor of one element, got {value.dtype} {tuple(value.shape)}.")
-    return by_value(value, name, like)
-
-
-def by_value(value: Tensor, name: str, like: Tensor) -> Any:
-    """A scalar by value if it is on the CPU, else as the tensor that the kernel reads it from."""
     if value.device.type == "cpu":
         return value.item()
     if value.device != like.device:
@@ -96,11 +91,11 @@ def by_value(value: Tensor, name: str, like: Tensor) -> Any:
 
 
 def vector(values: Tensor | None, name: str, count: int, like: Tensor) -> Tensor | None:
-    """A float vector of one value per sample, contiguous and on the device of `like`."""
+    """`count` float values as the kernels read them: contiguous and on the device of `like`."""
     if values is None:
         return None
     if values.numel() != count:
-        raise InputError(f"{name} must have one element per sample, {count}, got {tuple(values.shape)}.")
+        raise InputError(f"{name} must have {count} elements, one per sample, got {tuple(values.shape)}.")
     return values.to(like.device, non_blocking=True).contiguous()
 
 

@@ -15,7 +15,6 @@ IMAGE_NOISE = tl.constexpr(int(Stream.IMAGE_NOISE))
 @triton.jit
 def scalar(value):
     """A scalar that was known at launch, or lies in device memory: a captured graph then replays with new values."""
-    value = tl.to_tensor(value)  # the interpreter passes numbers as they are
     if value.dtype.is_ptr():
         return tl.load(value)
     else:
@@ -28,7 +27,7 @@ def words_of(seed, step, stream, group):
     low = group.to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    purpose = zero + tl.to_tensor(stream).to(tl.uint32)
+    purpose = (zero + stream).to(tl.uint32)
     return tl.philox(scalar(seed).to(tl.int64), low, high, purpose, zero + scalar(step).to(tl.uint32))
 
 
