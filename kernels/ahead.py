@@ -54,6 +54,12 @@ class Case:
     streams: bool = True
     noisy: bool = True
 
+    def vectors(self, access: str, threads: int) -> int:
+        """Accesses of 128 bits ("r" or "w") that a thread makes, if all that moves is moved so."""
+        elements = self.constants.get("BLOCK", TILE) // threads
+        operands = [operand.split() for operand in self.operands.values() if operand and " " in operand]
+        return sum(elements * BYTES[dtype] // 16 for dtype, accesses in operands if access in accesses)
+
     @property
     def bytes_per_element(self) -> int:
         """Bytes that one element moves, read and written."""
@@ -174,7 +180,8 @@ def _float32_cases(kind: str) -> list[Case]:
         Case("welford_update fp32", "welford_update", "welford_update_kernel",
              {"mean": "fp32 rw", "squares": "fp32 rw", "value": "fp32 r", "partials": "fp64"},
              {"slots": "i32", "inverse_count": "fp32", "numel": "i32"}, SUMS, **quiet),
-        Case("fold", "sums", "fold_kernel", {"partials": "fp64", "out": "fp64"}, {"rows": "i32", "slots": "i32"}, {"ROWS": 1, "BLOCK": 8192},
+        Case("fold", "sums", "fold_kernel", {"partials": "fp64", "out": "fp64"},
+             {"rows": "i32", "slots": "i32"}, {"TURNS": 5, "ROWS": 1, "BLOCK": 8192},
              warps=16, streams=False, noisy=False),
     ]  # fmt: skip
 

@@ -7,8 +7,8 @@ are rounded one by one, so that all backends give equal bits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -53,10 +53,24 @@ def _block(kernel: str, device: torch.device, narrow: bool) -> tuple[int, int]:
     return tuned.block(kernel, device, narrow) or BLOCKS[device_kind(device)][narrow]
 
 
+_forced: tuple[int, int] | None = None
+
+
+@contextmanager
+def block_size(size: tuple[int, int]) -> Iterator[None]:
+    """Use one (block, warps) for all kernels whose blocks may have any size, to time it."""
+    global _forced
+    before, _forced = _forced, size
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def block(kernel: str, *operands: Tensor) -> dict[str, int]:
     """BLOCK and num_warps of a kernel whose operands these are: the tuned ones, else those of the table."""
     narrow = all(tensor.element_size() == 2 for tensor in operands)
-    elements, warps = _block(kernel, operands[0].device, narrow)
+    elements, warps = _forced or _block(kernel, operands[0].device, narrow)
     return {"BLOCK": elements, "num_warps": warps}
 
 

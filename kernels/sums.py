@@ -15,12 +15,12 @@ _FOLD = 8192  # partials that the second pass reads at a time
 
 
 @triton.jit
-def fold_kernel(partials, out, rows, slots, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def fold_kernel(partials, out, rows, slots, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[row] = sum of the row's partials; a program adds up ROWS of them."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BLOCK], tl.float64)
-    for first in range(0, slots, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
+    for turn in range(TURNS):
+        slot = turn * BLOCK + tl.arange(0, BLOCK)
         inside = (row < rows)[:, None] & (slot < slots)[None, :]
         sums += tl.load(partials + row[:, None] * slots + slot[None, :], mask=inside, other=0.0)
     tl.store(out + row, tl.sum(sums, axis=1).to(out.dtype.element_ty), mask=row < rows)
@@ -41,9 +41,7 @@ def fold(partials: Tensor, out: Tensor) -> Tensor:
     rows, slots = partials.shape
     block = min(_FOLD, triton.next_power_of_2(max(slots, 1)))
     together = min(triton.next_power_of_2(max(rows, 1)), max(1, CHUNK // block))
+    options = {"TURNS": triton.cdiv(slots, block), "ROWS": together, "BLOCK": block}
     warps = max(1, together * block // 512)
-    launch(
-        fold_kernel, triton.cdiv(rows, together), partials, out, rows, slots, ROWS=together, BLOCK=block,
-        num_warps=warps,
-    )  # fmt: skip
+    launch(fold_kernel, triton.cdiv(rows, together), partials, out, rows, slots, num_warps=warps, **options)
     return out

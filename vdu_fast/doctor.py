@@ -95,6 +95,11 @@ def routes() -> list[Route]:
     ]
 
 
+def absences() -> dict[str, str]:
+    """Backends that cannot be used here, with the reason."""
+    return {name: absence for name, absence in _native.ABSENCES.items() if absence is not None}
+
+
 def build() -> dict[str, str]:
     """What the native code was built with and which instruction set of this machine it uses; empty if not built."""
     if _native.ABSENCES["cpu"] is not None:

@@ -30,6 +30,8 @@ def run(arguments: Namespace, command: list[str]) -> int:
     if build := doctor.build():
         _print_pairs(console, "native code", build)
     _print_routes(console)
+    if absences := doctor.absences():
+        _print_pairs(console, "backends that cannot be used here", absences)
     checks = doctor.checks()
     table = _table("checks")
     for check in checks:
