@@ -22,7 +22,7 @@ HOST_FLAGS = [
     "-std=c++20",
     "-O3",
     "-fopenmp-simd",
-    # Part of the meaning, not of the speed: products and sums are rounded one by one, so every backend gives equal bits.
+    # Part of the meaning, not of the speed: products and sums are rounded one by one, so all backends give equal bits.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -103,7 +103,8 @@ def extensions() -> list:
     except ImportError:
         for name in ("CPU", "CUDA"):
             if wanted(name) is not False:
-                leave_out(name, "torch cannot be imported here; install it first, then pip install --no-build-isolation")
+                why = "torch cannot be imported here; install it first, then pip install --no-build-isolation"
+                leave_out(name, why)
         return []
     found = []
     if wanted("CPU") is not False:
