@@ -19,7 +19,7 @@ SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow sanitize lint format clean
+.PHONY: help install demo test test-slow sanitize bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test-slow: install ## run all tests
 sanitize: build/test_core ## run the C++ core under the address and undefined behaviour sanitizers
 	@$<
 
+bench: install ## measure the CPU ops against their budgets; fails when one is missed
+	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)
+	@$(BIN)/python benchmarks/hot_paths.py
+
 lint: $(VENV)/.installed-dev ## check format, style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,7 +52,7 @@ format: $(VENV)/.installed-dev ## bring all files into the house format
 	@$(BIN)/ruff format .
 
 clean: ## remove .venv and everything that was built
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf vdu_fast/*.so $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 build/test_core: tests/cpp/test_core.cpp $(NATIVE)
 	@mkdir -p $(@D)

@@ -103,8 +103,9 @@ def extensions() -> list:
     except ImportError:
         for name in ("CPU", "CUDA"):
             if wanted(name) is not False:
-                why = "torch cannot be imported here; install it first, then pip install --no-build-isolation"
-                leave_out(name, why)
+                leave_out(
+                    name, "torch cannot be imported here; install it first, then pip install --no-build-isolation"
+                )
         return []
     found = []
     if wanted("CPU") is not False:

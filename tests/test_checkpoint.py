@@ -15,6 +15,7 @@ from torch import nn
 
 from vdu_fast import checkpoint
 from vdu_fast.checkpoint import (
+    StoppedAtOnce,
     fingerprint,
     load_state,
     load_tensors,
@@ -266,6 +267,24 @@ def test_ctrl_c_waits_for_the_end_of_the_block():
     with pytest.raises(KeyboardInterrupt):
         interrupted_block()
     assert done
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_does_not_wait(caplog):
+    done = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted_block() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("first")
+            signal.raise_signal(signal.SIGINT)
+            done.append("second")
+
+    with pytest.raises(StoppedAtOnce):
+        interrupted_block()
+    assert done == ["first"]
+    assert "Ctrl-C again stops at once" in caplog.text
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -209,7 +209,9 @@ class TestCommands:
         metrics = json.loads((report / "metrics.json").read_text())
         assert metrics["settings"]["steps"] == 4
         assert metrics["settings"]["evaluation"]["samples"] == 24
-        assert {"unlearn", "evaluate", "total"} <= set(metrics["seconds"])
+        seconds = metrics["seconds"]
+        assert seconds["unlearn"] == pytest.approx(seconds["bank"] + seconds["filter"] + seconds["steps"])
+        assert seconds["total"] == pytest.approx(seconds["unlearn"] + seconds["evaluate"])
         assert (report / "losses.png").is_file()
 
     @staticmethod
@@ -273,6 +275,18 @@ class TestCommands:
         assert posterior.source["draws"] == "4"
         posterior.check_fits(dict(load_pipeline(model).unet.named_parameters()))
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_posterior_of_a_single_model_on_a_gpu_is_that_of_the_cpu(self, cli, model, tmp_path):
+        std = []
+        for device in ("cpu", "cuda"):
+            flags = ["--output", tmp_path / f"{device}.safetensors", "--draws", 4, "--sampler_steps", 2]
+            code, _, err = cli("posterior", "--fisher", "--model", model, "--device", device, *flags)
+            assert code == 0, err
+            std.append(GaussianPosterior.load(tmp_path / f"{device}.safetensors").std)
+        for name in std[0]:
+            torch.testing.assert_close(std[0][name], std[1][name], rtol=0.05, atol=1e-6)
+
     def test_posterior_takes_a_folder_of_checkpoints(self, cli, tmp_path):
         states = [{"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([2.0, 5.0])}]
         folder = tmp_path / "checkpoints"
@@ -300,6 +314,22 @@ class TestCommands:
         assert code == 0, err
         assert "10 images" in err
         assert json.loads((tmp_path / "out" / "unlearn.json").read_text())["forget_images"] == 10
+
+    def test_several_classes_are_forgotten_with_a_warning_that_names_them(self, cli, unlearn, tmp_path):
+        for name in ("boots", "shoes"):
+            pictures(tmp_path / "data" / name)
+        code, _, err = cli(*unlearn(forget=tmp_path / "data"), "--quiet")
+        assert code == 0, err
+        assert "holds the classes boots, shoes, and all of them will be forgotten" in err
+        assert f"--forget {tmp_path / 'data'}:boots" in err
+
+    @pytest.mark.parametrize("forget", ["data:boots", "data/boots"])
+    def test_one_class_is_forgotten_without_a_warning(self, cli, unlearn, tmp_path, forget):
+        for name in ("boots", "shoes"):
+            pictures(tmp_path / "data" / name, count=12)
+        code, _, err = cli(*unlearn(forget=tmp_path / forget), "--quiet")
+        assert code == 0, err
+        assert err == ""
 
     def test_resize_and_image_channels(self, cli, unlearn, tmp_path):
         unwanted = pictures(tmp_path / "unwanted", size=12, mode="RGB")
@@ -430,6 +460,15 @@ class TestBadInput:
         assert "gamma must be in [0, 1)" in message
         assert gamma in message
 
+    @pytest.mark.parametrize("flag", ["before", "after"])
+    def test_report_over_a_model(self, refused, model, tmp_path, flag):
+        other = tmp_path / "other"
+        folders = {"before": other, "after": other, flag: model}
+        where = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+        data = ["--data", "digits", "--forget", "3", *TINY_EVALUATE]
+        message = refused("evaluate", *where, *data, "--output", model / ".." / model.name, "--overwrite")
+        assert f"is --{flag} itself" in message
+
     def test_occupied_output(self, refused, unlearn, model, tmp_path):
         out = tmp_path / "out"
         evaluate = ["evaluate", "--before", model, "--after", model, "--data", "digits", "--forget", "3"]
@@ -450,7 +489,13 @@ class TestBadInput:
         assert existing.read_bytes() == b"mine"
 
     def test_device_that_is_not_here(self, refused, new, tmp_path):
-        assert "device 'no-such-device' cannot be used here" in refused(*new(device="no-such-device"))
+        says = "device 'no-such-device' cannot be used here"
+        assert says in refused(*new(device="no-such-device"))
+        data = ["--data", "digits", "--output", tmp_path / "trained"]
+        assert says in refused("pretrain", *TINY_PRETRAIN, *data, "--device", "no-such-device")
+        model = ["--model", new()[new().index("--model") + 1], "--output", tmp_path / "p.safetensors"]
+        assert says in refused("posterior", "--fisher", *model, "--device", "no-such-device")
+        assert not (tmp_path / "trained").exists()
         assert not (tmp_path / "new").exists()
 
     def test_folder_where_a_file_is_meant_and_file_where_a_folder(self, refused, new, model, tmp_path):

@@ -46,6 +46,7 @@ def test_gamma_may_be_zero_and_almost_one(gamma):
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"inference_batch_size": 0}, "inference_batch_size must be at least 1"),
         ({"save_every": 0}, "save_every must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
         ({"learning_rate": math.nan}, "learning_rate must be a positive number"),

@@ -6,10 +6,12 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import vdu_fast
+from vdu_fast import demo
 from vdu_fast.cli import main
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.demo import CHECKSUMS, MARKER, run_demo, shipped_model, verify_checksums
@@ -52,13 +54,32 @@ def test_demo_writes_a_report_and_a_pipeline_and_replaces_its_own(tiny_demo, tmp
     for key in ("pul", "u_fid", "shares", "versions"):
         assert key in metrics
     assert {"before", "after", "oracle", "floor"} <= set(metrics["u_fid"])
-    assert {"bank", "unlearn", "evaluate", "total"} <= set(metrics["seconds"])
+    assert {"bank", "filter", "steps", "unlearn", "evaluate", "total"} <= set(metrics["seconds"])
     assert all((output / name).is_file() for name in ("report.html", "samples.png", "losses.png", "tradeoff.png"))
     assert load_pipeline(output / "model").unet.config.sample_size == 8
     assert json.loads((output / MARKER).read_text())["forget"] == 3
 
     # A second demo replaces the first without asking.
     assert tiny_demo(forget=0)["forgotten_class"]["name"] == "0"
+
+
+@needs_model
+def test_both_models_are_judged_on_the_device_of_the_unlearning(tiny_demo, monkeypatch):
+    class Judged(Exception):
+        pass
+
+    def unlearn_elsewhere(pipeline, *_, **__):
+        pipeline.unet.to("meta")
+        return SimpleNamespace(model=pipeline)
+
+    def evaluate(before, after, **_):
+        assert before.device.type == after.device.type == "meta"
+        raise Judged
+
+    monkeypatch.setattr(demo, "unlearn", unlearn_elsewhere)
+    monkeypatch.setattr(demo, "evaluate", evaluate)
+    with pytest.raises(Judged):
+        tiny_demo()
 
 
 @needs_model

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vdu_fast import ops, reference, rng
+from vdu_fast._native import use_backend
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.objective import forget_scale, per_sample_error
-from vdu_fast.optim import UpdateRule, VariationalWeights
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.schedule import NoiseSchedule
@@ -164,10 +164,11 @@ def test_learned_mean_and_std_end_at_exact_retraining(problem, gamma, monkeypatc
     run = problem.run(
         family="mean_field", learn_std=True, samples_per_step=2, optimizer="natural", learning_rate=1.0, gamma=gamma
     )
-    run.weights.std_moments.rule.learning_rate = 0.02
-    for _ in range(250):
-        run.step()
-        run.weights.std_moments.rule.learning_rate *= 0.965
+    run.weights.std_learning_rate = 0.02
+    with use_backend("reference"):  # whose noise can be replaced
+        for _ in range(250):
+            run.step()
+            run.weights.std_learning_rate *= 0.965
     precision = problem.precision_star - (1 - gamma) / gamma * problem.forget_precision
     expected_std = torch.full((4,), precision**-0.5, dtype=torch.float64)
     torch.testing.assert_close(run.weights.mean.reshape(SHAPE), problem.minimiser(gamma), rtol=0, atol=1e-7)
@@ -183,11 +184,10 @@ def test_with_gaussian_noise_the_std_gradient_is_zero_on_average_at_exact_retrai
         return values.flatten().repeat(copies)
 
     center, std = repeated(problem.mean_star), repeated(problem.std_star)
-    weights = VariationalWeights(center, std, UpdateRule(), family="mean_field", learn_std=True)
-    weights.z = (repeated(problem.mean_r) - center) / std
-    weights.log_std = torch.full_like(center, -0.5 * math.log(problem.precision_r))
-    grad = -problem.forget_precision * (weights.sample(1, 0) - repeated(problem.forget_center))
-    for gradient in (weights.whitened_gradient(grad, 1.0), weights.std_gradient(grad, 1.0, 1, 0)):
+    mean, log_std = repeated(problem.mean_r), torch.full_like(center, -0.5 * math.log(problem.precision_r))
+    grad = -problem.forget_precision * (ops.sample_weights(mean, log_std, 1, 0) - repeated(problem.forget_center))
+    _, d_mean, d_log_std = ops.variational_gradients(grad, mean, log_std, center, std, 1, 0)
+    for gradient in (std * d_mean, d_log_std):
         values = gradient.reshape(copies, 4)
         standard_error = values.std(0) / math.sqrt(copies)
         assert (values.mean(0).abs() < 4.5 * standard_error).all()
@@ -276,7 +276,7 @@ def test_the_regularizer_of_a_run_is_the_kl_of_its_two_gaussians(problem):
     expected = torch.distributions.kl_divergence(
         q, normal(problem.mean_star.flatten(), problem.std_star.flatten())
     ).sum()
-    torch.testing.assert_close(run.weights.kl(), expected)
+    assert run.weights.kl == pytest.approx(float(expected))
     assert float(expected) > 0
     torch.testing.assert_close(
         ops.quadratic_penalty(run.weights.mean, problem.mean_star.flatten(), problem.std_star.flatten()),

@@ -16,7 +16,7 @@ REFERENCE = torch.tensor([0.2, 0.2, 1.0, 1.0], dtype=torch.float64)
 
 def gradient(saturation: str, **options) -> torch.Tensor:
     error = ERROR.clone().requires_grad_()
-    defaults = {"limit": LIMIT, "beta": 2.0, "reference": REFERENCE}
+    defaults = {"limit": LIMIT, "beta": torch.tensor(2.0), "reference": REFERENCE}
     ascent_loss(error, saturation, **(defaults | options)).backward()
     return error.grad
 
@@ -44,12 +44,14 @@ def test_the_per_sample_error_keeps_float64():
 
 
 def test_without_saturation_every_sample_pulls_alike():
-    assert float(ascent_loss(ERROR, "none", limit=LIMIT, beta=1.0, reference=None)) == pytest.approx(-1.15)
+    assert float(ascent_loss(ERROR, "none", limit=LIMIT, beta=torch.tensor(1.0), reference=None)) == pytest.approx(
+        -1.15
+    )
     torch.testing.assert_close(gradient("none"), torch.full_like(ERROR, -1 / 4))
 
 
 def test_hinge_lets_go_of_samples_beyond_their_own_limit():
-    value = ascent_loss(ERROR, "hinge", limit=LIMIT, beta=1.0, reference=None)
+    value = ascent_loss(ERROR, "hinge", limit=LIMIT, beta=torch.tensor(1.0), reference=None)
     assert float(value) == pytest.approx(-(0.1 + 0.4 + 1.0 + 0.7) / 4)
     torch.testing.assert_close(gradient("hinge"), torch.tensor([-0.25, 0, -0.25, 0], dtype=torch.float64))
 
@@ -57,11 +59,11 @@ def test_hinge_lets_go_of_samples_beyond_their_own_limit():
 @pytest.mark.parametrize("beta", [0.3, 2.0, 10.0])
 def test_npo_pulls_with_twice_the_sigmoid(beta):
     expected = -2 * torch.sigmoid(-beta * (ERROR - REFERENCE)) / 4
-    torch.testing.assert_close(gradient("npo", beta=beta), expected)
+    torch.testing.assert_close(gradient("npo", beta=torch.tensor(beta)), expected)
 
 
 def test_npo_is_its_formula_and_starts_as_plain_ascent():
-    value = ascent_loss(ERROR, "npo", limit=LIMIT, beta=2.0, reference=REFERENCE)
+    value = ascent_loss(ERROR, "npo", limit=LIMIT, beta=torch.tensor(2.0), reference=REFERENCE)
     expected = [2 / 2.0 * math.log1p(math.exp(-2.0 * float(e - r))) for e, r in zip(ERROR, REFERENCE, strict=True)]
     assert float(value) == pytest.approx(sum(expected) / 4)
     # Where the error is still the reference, the weight 2 sigmoid(0) is 1.
@@ -70,7 +72,9 @@ def test_npo_is_its_formula_and_starts_as_plain_ascent():
 
 def test_npo_does_not_move_the_reference():
     reference = REFERENCE.clone()
-    ascent_loss(ERROR.clone().requires_grad_(), "npo", limit=LIMIT, beta=2.0, reference=reference).backward()
+    ascent_loss(
+        ERROR.clone().requires_grad_(), "npo", limit=LIMIT, beta=torch.tensor(2.0), reference=reference
+    ).backward()
     assert torch.equal(reference, REFERENCE)
 
 

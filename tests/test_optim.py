@@ -31,9 +31,11 @@ def grad_mu(mu: torch.Tensor, step: int) -> torch.Tensor:
 
 def run(rule: UpdateRule, steps: int, kl_weight: float = 0.3) -> torch.Tensor:
     weights = VariationalWeights(CENTER, PRIOR_STD, rule)
+    theta = weights.mean
     for step in range(steps):
-        weights.step(weights.whitened_gradient(grad_mu(weights.mean, step), kl_weight))
-    return weights.mean
+        weights.step_(theta, grad_mu(theta, step), kl_weight=kl_weight)
+    assert torch.equal(theta, weights.mean)
+    return theta
 
 
 def by_hand(name: str, steps: int, lr: float, momentum: float, kl_weight: float = 0.3) -> torch.Tensor:
@@ -91,75 +93,91 @@ def test_adam_leaves_weights_without_gradient_where_they_are(name):
     grad = torch.zeros(D, dtype=torch.float64)
     grad[0] = 1.0
     for _ in range(3):
-        weights.step(grad)
+        weights.step_(torch.empty_like(grad), grad, kl_weight=0.0)
     assert weights.z[0] < 0
     assert not weights.z[1:].any()
 
 
 def test_without_momentum_no_buffer_is_kept():
     weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule("natural", 0.1))
-    weights.step(torch.ones(D, dtype=torch.float64))
-    assert set(weights.state_dict()) == {"z", "moments.count"}
+    weights.step_(torch.empty_like(CENTER), torch.ones_like(CENTER), kl_weight=0.0)
+    assert set(weights.state_dict()) == {"z", "count", "kl"}
 
 
 def test_the_mean_starts_at_the_centre():
     weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule())
     assert torch.equal(weights.mean, CENTER)
-    assert float(weights.kl()) == 0
+    assert weights.kl == 0
 
 
-def test_the_kl_is_that_of_the_two_gaussians_whether_or_not_sigma_moves():
-    fixed = VariationalWeights(CENTER, PRIOR_STD, UpdateRule(), family="mean_field")
-    learned = VariationalWeights(CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=True)
-    for weights in (fixed, learned):
-        weights.z = doubles(4)
-        expected = ops.gaussian_kl(weights.mean, PRIOR_STD.log(), CENTER, PRIOR_STD)
-        torch.testing.assert_close(weights.kl(), expected)
-    learned.log_std = doubles(6) - 2
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Normal(learned.mean, learned.log_std.exp()), torch.distributions.Normal(CENTER, PRIOR_STD)
-    ).sum()
-    torch.testing.assert_close(learned.kl(), expected)
+def mean_field(learn_std: bool = True, **options) -> VariationalWeights:
+    """Weights that have moved away from where they start."""
+    weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=learn_std, **options)
+    weights.z.copy_(doubles(4))
+    if learn_std:
+        weights.log_std.copy_(doubles(6) - 2)
+    return weights
+
+
+def sample(weights: VariationalWeights, seed: int, draw: int) -> torch.Tensor:
+    theta = torch.empty_like(CENTER)
+    weights.sample_(theta, seed, draw)
+    return theta
+
+
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_the_kl_after_a_step_is_that_of_the_two_gaussians(learn_std):
+    weights = mean_field(learn_std)
+    weights.step_(torch.empty_like(CENTER), doubles(8), kl_weight=0.3)
+    std = weights.log_std.exp() if learn_std else PRIOR_STD
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(weights.mean, std), normal(CENTER, PRIOR_STD)).sum()
+    assert weights.kl == pytest.approx(float(expected))
 
 
 def test_mean_only_evaluates_the_network_at_the_mean():
     weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule())
-    weights.z = doubles(4)
-    assert torch.equal(weights.sample(3, 9), weights.mean)
+    weights.z.copy_(doubles(4))
+    assert torch.equal(sample(weights, 3, 9), weights.mean)
 
 
 def test_mean_field_samples_are_mean_plus_std_times_regenerated_noise():
-    weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=True)
-    weights.z, weights.log_std = doubles(4), doubles(6) - 2
+    weights = mean_field()
     n = standard_normal(D, 3, 9, stream=Stream.WEIGHTS).double()
-    torch.testing.assert_close(weights.sample(3, 9), weights.mean + weights.log_std.exp() * n)
-    assert torch.equal(weights.sample(3, 9), weights.sample(3, 9))
-    assert not torch.equal(weights.sample(3, 9), weights.sample(3, 10))
-    assert not torch.equal(weights.sample(3, 9), weights.sample(4, 9))
+    torch.testing.assert_close(sample(weights, 3, 9), weights.mean + weights.log_std.exp() * n)
+    assert torch.equal(sample(weights, 3, 9), sample(weights, 3, 9))
+    assert not torch.equal(sample(weights, 3, 9), sample(weights, 3, 10))
+    assert not torch.equal(sample(weights, 3, 9), sample(weights, 4, 9))
+    fixed = mean_field(learn_std=False)
+    torch.testing.assert_close(sample(fixed, 3, 9), fixed.mean + PRIOR_STD * n)
 
 
-def test_gradients_of_z_and_log_std_are_those_of_autograd():
-    """The noise that std_gradient regenerates is that of the sample, and both chain rules are right."""
-    weights = VariationalWeights(CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=True)
-    weights.z, weights.log_std = doubles(4), doubles(6) - 2
+def test_a_step_follows_the_gradients_of_autograd_and_leaves_the_next_sample():
+    weights = mean_field(std_learning_rate=0.01)
     n = standard_normal(D, 3, 9, stream=Stream.WEIGHTS).double()
     z, log_std = weights.z.clone().requires_grad_(), weights.log_std.clone().requires_grad_()
     theta = CENTER + PRIOR_STD * z + log_std.exp() * n
     loss = (theta**3).sum() + 0.7 * ops.gaussian_kl(CENTER + PRIOR_STD * z, log_std, CENTER, PRIOR_STD)
     expected_z, expected_log_std = torch.autograd.grad(loss, (z, log_std))
-    grad_theta = 3 * weights.sample(3, 9) ** 2
-    torch.testing.assert_close(weights.whitened_gradient(grad_theta, 0.7), expected_z)
-    torch.testing.assert_close(weights.std_gradient(grad_theta, 0.7, 3, 9), expected_log_std)
-
-
-def test_learned_std_starts_at_the_priors_and_moves_by_its_own_rate():
-    weights = VariationalWeights(
-        CENTER, PRIOR_STD, UpdateRule(), family="mean_field", learn_std=True, std_learning_rate=0.01
-    )
-    torch.testing.assert_close(weights.log_std, PRIOR_STD.log())
-    weights.step(torch.zeros(D).double(), torch.where(doubles(7) > 0, 1.0, -1.0).double())
+    assert weights.gradient_norm(3 * sample(weights, 3, 9) ** 2, 0.7) == pytest.approx(float(expected_z.norm()))
+    got = sample(weights, 3, 9)
+    norm = weights.step_(got, 3 * got**2, kl_weight=0.7, seed=3, draw=9, next_draw=10)
+    assert norm == pytest.approx(float(expected_z.norm()))
+    torch.testing.assert_close(weights.state["first"], 0.1 * expected_z)
+    torch.testing.assert_close(weights.state["std_first"], 0.1 * expected_log_std)
     # The first step of Adam has the length of its rate.
-    torch.testing.assert_close(weights.log_std, PRIOR_STD.log() - 0.01 * doubles(7).sign())
+    torch.testing.assert_close(weights.z, (z - 0.02 * expected_z.sign()).detach())
+    torch.testing.assert_close(weights.log_std, (log_std - 0.01 * expected_log_std.sign()).detach())
+    assert torch.equal(got, sample(weights, 3, 10))
+
+
+def test_noise_gradients_of_several_draws_can_be_collected():
+    one, two = mean_field(), mean_field()
+    collected = torch.zeros_like(CENTER)
+    ops.add_noise_gradient_(collected, doubles(8), 3, 9)
+    one.step_(torch.empty_like(CENTER), doubles(8), kl_weight=0.7, seed=3, draw=9)
+    two.step_(torch.empty_like(CENTER), doubles(8), kl_weight=0.7, seed=3, draw=8, noise_grad=collected)
+    torch.testing.assert_close(two.log_std, one.log_std)
 
 
 def test_learning_a_std_that_is_not_used_is_refused():
@@ -176,10 +194,10 @@ def test_a_restored_state_goes_on_bit_for_bit(name, learn_std):
         )
 
     def advance(weights: VariationalWeights, first: int, last: int) -> None:
+        theta = torch.empty(D)
+        weights.sample_(theta, 1, first)
         for step in range(first, last):
-            grad = grad_mu(weights.sample(1, step), step)
-            grad_std = weights.std_gradient(grad, 0.3, 1, step) if learn_std else None
-            weights.step(weights.whitened_gradient(grad, 0.3), grad_std)
+            weights.step_(theta, grad_mu(theta, step), kl_weight=0.3, seed=1, draw=step, next_draw=step + 1)
 
     whole, first, second = fresh(), fresh(), fresh()
     advance(whole, 0, 12)

@@ -140,10 +140,24 @@ def test_equal_checkpoints_are_refused():
         GaussianPosterior.from_checkpoints([state, state, state])
 
 
-def test_a_tensor_that_never_changes_is_refused_by_name():
-    states = [state | {"scale": torch.tensor(1.0)} for state in trajectory(3)]
-    with pytest.raises(InputError, match=r"1 tensors never change .*first: scale.*--fisher"):
-        GaussianPosterior.from_checkpoints(states)
+def test_a_tensor_that_never_changes_is_left_out_with_a_warning_that_names_it(caplog):
+    states = [state | {"scale": torch.tensor(1.0), "zeros": torch.zeros(2)} for state in trajectory(3)]
+    with caplog.at_level(logging.WARNING, logger="vdu_fast"):
+        posterior = GaussianPosterior.from_checkpoints(states)
+    assert "2 of 4 tensors never change between the checkpoints (first: scale)" in caplog.text
+    assert set(posterior.std) == set(posterior.mean) == {"a.weight", "a.bias"}
+    moved = {name: torch.zeros(shape) for name, shape in SHAPES.items() if name != "scale"}
+    posterior.check_fits(moved)
+    says = r"1 of the model's 3 trainable parameters .*first: scale.*never changed .*--trainable.*another model"
+    with pytest.raises(InputError, match=says):
+        posterior.check_fits(moved | {"scale": torch.tensor(1.0)})
+
+
+def test_where_no_parameter_is_known_only_another_model_is_suspected():
+    posterior = GaussianPosterior.from_checkpoints(trajectory(3))
+    with pytest.raises(InputError, match="2 of the model's 2 trainable") as error:
+        posterior.check_fits({"other": torch.zeros(1), "another": torch.zeros(1)})
+    assert "never changed" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["step.pt", "step.ckpt", "step.bin", "step.PTH", "step.pkl"])
@@ -217,7 +231,10 @@ def test_a_posterior_of_this_model_fits():
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda p: p.std.pop("time.bias"), r"1 of the model's 6 parameters are absent from it \(first: time\.bias\)"),
+        (
+            lambda p: p.std.pop("time.bias"),
+            r"1 of the model's 6 trainable parameters are absent from it \(first: time\.bias\)",
+        ),
         (
             lambda p: p.std.update({"time.bias": torch.ones(3)}),
             r"std of time\.bias has shape \(3,\), the model's has \(16,\)",
@@ -345,3 +362,25 @@ def test_moments_do_not_alias_the_network():
     with torch.no_grad():
         module.time.bias.add_(1)
     assert torch.equal(moments.mean["time.bias"], before)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda module: torch.compile(module, backend="eager")])
+def test_a_wrapped_model_is_recorded_under_the_names_of_what_it_wraps(wrap):
+    module = build_tiny()
+    recorder = PosteriorRecorder(wrap(module), every=1)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.rand_like(parameter))
+        recorder.step()
+    posterior = recorder.posterior(mean=wrap(module))
+    posterior.check_fits(dict(module.named_parameters()))
+    GaussianPosterior.constant(wrap(module), 0.1).check_fits(dict(module.named_parameters()))
+
+
+@pytest.mark.parametrize("prefix", ["module", "_orig_mod"])
+def test_checkpoints_of_a_wrapped_model_are_told_as_such(prefix):
+    states = [{f"{prefix}.{name}": t for name, t in state.items()} for state in trajectory(3)]
+    posterior = GaussianPosterior.from_checkpoints(states)
+    with pytest.raises(InputError, match=rf"begin with '{prefix}\.', .* the state_dict of model\.{prefix}, or strip"):
+        posterior.check_fits({name: torch.zeros(shape) for name, shape in SHAPES.items()})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vdu_fast.checkpoint import load_tensors
+from vdu_fast.checkpoint import StoppedAtOnce, load_tensors
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import denoiser_of, load_pipeline
-from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.posterior import GaussianPosterior, PosteriorRecorder
 from vdu_fast.pretrain import STATE_FILE, PretrainConfig, Pretraining, build_unet, pretrain
 from vdu_fast.sampling import sample_images
 
@@ -135,6 +136,25 @@ def test_an_interrupted_run_resumes_to_the_same_bits(data, tmp_path, at):
     assert not (part / "resume").exists()
 
 
+def test_ctrl_c_twice_within_a_step_leaves_the_last_save_and_not_half_a_step(data, tmp_path, monkeypatch):
+    whole, part, record = tmp_path / "whole", tmp_path / "part", PosteriorRecorder.step
+    pretrain(data, whole, small())
+
+    def interrupted_record(recorder: PosteriorRecorder) -> bool:
+        if recorder.calls == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return record(recorder)
+
+    monkeypatch.setattr(PosteriorRecorder, "step", interrupted_record)
+    with pytest.raises(StoppedAtOnce):
+        pretrain(data, part, small())
+    assert int(load_file(part / STATE_FILE)["step"]) == 6
+    monkeypatch.setattr(PosteriorRecorder, "step", record)
+    pretrain(data, part, small(), resume=True)
+    assert_same_files(whole, part)
+
+
 def test_a_run_whose_last_save_is_old_resumes_to_the_same_bits(data, tmp_path):
     """As after kill -9: the state is that of step 3, though step 7 is done and a checkpoint of step 6 is written."""
     whole = pretrain(data, tmp_path / "whole", small())
@@ -251,3 +271,31 @@ def test_images_that_do_not_fit_a_unet_are_refused(tmp_path):
 def test_unusable_settings_are_refused_by_name(settings, says):
     with pytest.raises(InputError, match=says):
         small(**settings)
+
+
+def test_the_device_is_the_one_named(data):
+    run = Pretraining(data, small(device="meta"))
+    assert {p.device.type for p in [*run.unet.parameters(), *run.average]} == {"meta"}
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(InputError, match="device 'abacus' cannot be used here"):
+        pretrain(data, tmp_path / "out", small(device="abacus"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_is_interrupted_and_resumed_there(data, tmp_path):
+    whole = pretrain(data, tmp_path / "whole", small(device="cuda"))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(data, tmp_path / "parts", small(device="cuda"), on_step=Stop(at=5))
+    parts = pretrain(data, tmp_path / "parts", small(device="cuda"), resume=True)
+    on_cpu = pretrain(data, tmp_path / "cpu", small(device="cpu"))
+    one, two, three = everything(whole), everything(parts), everything(on_cpu)
+    assert set(one) == set(two) == set(three)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+        if "posterior" not in name:
+            torch.testing.assert_close(one[name], three[name], rtol=0.05, atol=5e-3)
+    assert json.loads((whole / "pretrain.json").read_text())["device"] == "cuda"

@@ -60,6 +60,17 @@ def test_every_image_is_used_before_any_again(tiny_denoiser, images):
     assert sorted(used) == sorted(list(range(12)) * 2)
 
 
+@pytest.mark.parametrize(("batch_size", "calls"), [(250, [40]), (40, [40]), (39, [20, 20]), (16, [14, 13, 13])])
+def test_a_large_batch_passes_through_the_network_in_parts(tiny_denoiser, images, batch_size, calls):
+    seen = []
+    tiny_denoiser.module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    weights = torch.linspace(0, 1, 50)
+    whole = probe(tiny_denoiser, images, weights=weights).error()
+    seen.clear()
+    torch.testing.assert_close(probe(tiny_denoiser, images, weights=weights, batch_size=batch_size).error(), whole)
+    assert seen == calls
+
+
 def test_measuring_needs_no_gradient_and_puts_the_mode_back(tiny_denoiser, images):
     tiny_denoiser.module.train()
     assert not probe(tiny_denoiser, images).error().requires_grad

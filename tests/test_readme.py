@@ -64,3 +64,29 @@ def test_recorder_example_writes_a_posterior(tmp_path, monkeypatch):
     scope = {"unet": unet, "loader": range(2300), "optimizer": NoisyOptimizer(), "PosteriorRecorder": PosteriorRecorder}
     exec(compile(example, "README.md", "exec"), scope)
     GaussianPosterior.load("posterior.safetensors").check_fits(dict(unet.named_parameters()))
+
+
+def test_examples_of_the_optimizer_and_the_ops_run(tmp_path):
+    functions = next(code for code in EXAMPLES if "ops.add_noise(" in code)
+    loop = next(code for code in EXAMPLES if "VariationalOptimizer(" in code)
+
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return self.layer(x_t) + timesteps[:, None] / 1000
+
+    model = Denoiser()
+    before = model.layer.weight.detach().clone()
+    vectors = {name: torch.full((6,), 0.1, requires_grad=True) for name in ("mean", "log_std")}
+    scope = {
+        "torch": torch, "model": model, "seed": 1, "alphas_cumprod": torch.linspace(0.99, 0.01, 1000),
+        "posterior": GaussianPosterior.constant(model, 0.01), "loader": [torch.randn(3, 4) for _ in range(4)],
+        "prior_mean": torch.zeros(6), "prior_std": torch.ones(6), **vectors,
+    }  # fmt: skip
+    exec(compile(functions, "README.md", "exec"), scope)
+    assert all(tensor.grad.abs().min() > 0 for tensor in vectors.values())  # type: ignore[union-attr]
+    exec(compile(loop, "README.md", "exec"), scope)
+    assert not torch.equal(model.layer.weight, before)

@@ -8,9 +8,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from tiny import build_pipeline, build_tiny
 
+from vdu_fast import replay
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import Denoiser, denoiser_of
-from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.replay import ReplayBank, bank_bytes, build_bank, check_memory
+from vdu_fast.rng import Stream, standard_normal
 from vdu_fast.sampling import sample_images
 
 SHAPE = (1, 8, 8)
@@ -43,7 +45,7 @@ def test_states_are_on_the_trajectory_of_their_image(kind):
         for i, t in enumerate(timesteps.tolist()):
             trajectories[rows.start + i, t] = x_t[i].clone()
 
-    images = sample_images(denoiser, 5, steps=12, seed=1, batch_size=2, observer=remember)
+    images = sample_images(denoiser, 5, steps=12, seed=1, batch_size=2, stream=Stream.BANK, observer=remember)
     assert torch.equal(bank.images, images)
     for i in range(5):
         for s in range(4):
@@ -59,6 +61,13 @@ def test_one_state_is_kept_of_every_stretch_and_not_always_the_same(tiny_denoise
         assert 60 < int((bank.timesteps[:, s] == 45 - 10 * s).sum()) < 140
 
 
+def test_a_bank_does_not_start_from_the_noise_that_an_evaluation_of_the_same_seed_starts_from(tiny_denoiser):
+    bank = build_bank(tiny_denoiser, 3, sampler_steps=5, states=5, seed=7)
+    assert torch.equal(bank.x_t[:, 0], standard_normal((3, *SHAPE), 7, stream=Stream.BANK))
+    drawn = sample_images(tiny_denoiser, 3, steps=5, seed=7)
+    assert all(not torch.equal(a, b) for a in bank.images for b in drawn)
+
+
 def test_keeping_every_state_is_allowed(tiny_denoiser):
     bank = build_bank(tiny_denoiser, 2, sampler_steps=5, states=5)
     assert bank.timesteps.tolist() == [[40, 30, 20, 10, 0]] * 2
@@ -71,6 +80,30 @@ def test_a_bank_can_be_drawn_in_parts(tiny_denoiser):
     for name in FIELDS:
         parts = torch.cat([getattr(first, name), getattr(rest, name)])
         torch.testing.assert_close(parts, getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_of_a_bank_is_known_before_it_is_drawn(tiny_denoiser):
+    bank = build_bank(tiny_denoiser, 3, sampler_steps=5, states=2)
+    assert bank_bytes(SHAPE, 3, 2) == sum(t.nbytes for t in (bank.images, bank.x_t, bank.predictions))
+
+
+GIB = 2**30
+LARGE = (3, 256, 256), 1000, 10  # 15.4 GiB
+
+
+@pytest.mark.parametrize("free", [15 * GIB, 0])
+def test_a_bank_that_cannot_fit_is_refused_with_what_lowers_it(monkeypatch, free):
+    monkeypatch.setattr(replay, "available_memory", lambda: free)
+    says = r"1000 images \(3, 256, 256\) with 10 states each takes 15\.4 GiB.*--replay_samples.*--replay_states"
+    with pytest.raises(InputError, match=says):
+        check_memory(*LARGE)
+
+
+@pytest.mark.parametrize(("free", "warned"), [(16 * GIB, True), (31 * GIB, False), (None, False)])
+def test_a_bank_that_may_not_fit_twice_is_warned_of(monkeypatch, caplog, free, warned):
+    monkeypatch.setattr(replay, "available_memory", lambda: free)
+    check_memory(*LARGE)
+    assert ["15.4 GiB" in record.getMessage() for record in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize("states", [0, 6])

@@ -113,7 +113,9 @@ def test_sampling_switches_dropout_off_and_back_on(scheduler):
 
 @pytest.mark.parametrize("steps", [0, -1, 51])
 def test_more_steps_than_the_model_has_are_refused(tiny_denoiser, steps):
-    with pytest.raises(InputError, match=rf"between 1 and the model's 50 timesteps, got {steps}"):
+    with pytest.raises(
+        InputError, match=rf"between 1 and the model's 50 timesteps, got {steps}; change --sampler_steps"
+    ):
         sample_images(tiny_denoiser, 1, steps=steps)
 
 
@@ -151,6 +153,16 @@ def test_settings_given_to_a_scheduler_by_position_are_not_lost(set_alpha_to_one
         for t in by_name.timesteps:
             x = by_name.step(module(x, t.expand(2)), t, x).prev_sample
     torch.testing.assert_close(images[0], x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.05, 1.0, 5.0])
+def test_flow_matching_stays_within_its_timesteps_whatever_the_shift(shift):
+    seen = []
+    denoiser = Denoiser(build_tiny(), FlowMatchEulerDiscreteScheduler(50, shift), SHAPE)
+    sample_images(denoiser, 1, steps=50, observer=lambda rows, timesteps, *_: seen.append(int(timesteps)))
+    assert min(seen) >= 0
+    assert max(seen) == 49
+    assert seen == sorted(seen, reverse=True)
 
 
 def test_flow_matching_keeps_its_shift():

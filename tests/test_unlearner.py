@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from tiny import TinyDenoiser, build_pipeline, build_tiny, random_posterior
 from torch import Tensor, nn
 
-from vdu_fast.checkpoint import fingerprint
+from vdu_fast import replay, unlearner
+from vdu_fast.checkpoint import StoppedAtOnce, fingerprint, load_tensors, save_tensors
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
@@ -22,6 +24,7 @@ from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
 from vdu_fast.unlearner import BANK_FILE, STATE_FILE, Observers, UnlearnResult, unlearn
+from vdu_fast.unlearning import UnlearningRun
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=50)
 
@@ -104,6 +107,16 @@ def test_a_pipeline_of_every_prediction_type_is_written_and_loads_again(images, 
 def test_flow_matching_modules_can_be_unlearned(images):
     result = unlearn_tiny(images, scheduler=FlowMatchEulerDiscreteScheduler(50))
     assert result.history[-1]["forget_ratio"] > 1
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda module: torch.compile(module, backend="eager")])
+def test_a_wrapped_module_is_unlearned_and_written_as_what_it_wraps(images, tmp_path, wrap):
+    plain, module = unlearn_tiny(images).model, build_tiny()
+    wrapped = wrap(module)
+    result = unlearn_tiny(images, wrapped, output=tmp_path)
+    assert result.model is wrapped
+    assert torch.equal(weights(module), weights(plain))
+    assert set(load_file(tmp_path / "model.safetensors")) == set(module.state_dict())
 
 
 def test_a_bare_module_is_written_as_safetensors(images, tmp_path):
@@ -244,6 +257,52 @@ def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings,
     assert not (out / "resume").exists()
 
 
+def test_the_time_of_a_run_is_that_of_all_its_parts(images, tmp_path, monkeypatch):
+    now = iter(range(10**6))
+    monkeypatch.setattr(unlearner.time, "perf_counter", lambda: float(next(now)))
+    result = unlearn_tiny(images)
+    parts = {name: value for name, value in result.seconds.items() if name != "unlearn"}
+    assert set(parts) == {"bank", "filter", "steps"}
+    assert result.seconds["unlearn"] == sum(parts.values()) > max(parts.values()) > 0
+    assert set(unlearn_tiny(images, replay_weight=0.0).seconds) == {"steps", "unlearn"}
+
+
+def test_a_resumed_run_counts_the_time_before_it(images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(3)))
+    state, metadata = load_tensors(out / STATE_FILE)
+    saved = json.loads(metadata["seconds"])
+    assert set(saved) == {"bank", "filter", "steps"}
+    assert min(saved.values()) > 0
+    long = {"bank": 1000.0, "filter": 2000.0, "steps": 4000.0}
+    save_tensors(out / STATE_FILE, state, metadata | {"seconds": json.dumps(long)})
+    seconds = unlearn_tiny(images, output=out, resume=True).seconds
+    assert all(long[name] <= seconds[name] < long[name] + 100 for name in long)
+    assert seconds["unlearn"] == pytest.approx(sum(seconds[name] for name in long))
+    assert json.loads((out / "unlearn.json").read_text())["seconds"] == seconds
+
+
+def test_ctrl_c_twice_within_a_step_leaves_the_last_save_and_not_half_a_step(images, tmp_path, monkeypatch):
+    out, check = tmp_path / "out", UnlearningRun._check
+    whole = unlearn_tiny(images, check_every=1)
+
+    def interrupted_check(run: UnlearningRun) -> dict[str, float]:
+        if run.step_number == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return check(run)
+
+    monkeypatch.setattr(UnlearningRun, "_check", interrupted_check)
+    with pytest.raises(StoppedAtOnce):
+        unlearn_tiny(images, check_every=1, output=out)
+    assert int(load_file(out / STATE_FILE)["step"]) == 2
+    monkeypatch.setattr(UnlearningRun, "_check", check)
+    resumed = unlearn_tiny(images, check_every=1, output=out, resume=True)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.history == whole.history
+
+
 def test_a_run_whose_last_save_is_old_resumes_to_the_same_bits(images, tmp_path):
     """As after kill -9: the state is the periodic one, some steps back."""
     whole = unlearn_tiny(images, steps=8)
@@ -340,7 +399,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(images, tmp_
     module = Overflowing(timesteps=50)
     module.load_state_dict(build_tiny().state_dict())
     module.begin = module.decode.bias.detach().clone()
-    with pytest.raises(InputError, match=r"nan.*the last weights with a finite loss are kept.*Lower learning_rate"):
+    with pytest.raises(InputError, match=r"nan.*the last that were measured and finite, are kept.*Lower learning_rate"):
         unlearn_tiny(
             images,
             module,
@@ -359,6 +418,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(images, tmp_
     assert (tmp_path / "out" / STATE_FILE).is_file()
     kept = load_file(tmp_path / "out" / "last-good" / "model.safetensors")
     assert torch.equal(kept["decode.bias"], module.decode.bias)
+    unlearn_tiny(images, output=tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "last-good").exists()
 
 
 @pytest.mark.parametrize(
@@ -411,6 +472,7 @@ def test_a_classifier_filter_needs_classifier_and_label(images):
         ({"bank_filter": "positive_unlabelled"}, 12, "no such submodule"),
         ({"bank_filter": "classifier"}, 12, "needs classifier="),
         ({"replay_batch_size": 64}, 12, "fewer than replay_batch_size 64"),
+        ({"replay_sampler_steps": 51}, 12, "51 is more than the model's 50 timesteps; pass --replay_sampler_steps 50"),
     ],
 )
 def test_what_the_bank_cannot_serve_is_refused_before_it_is_drawn(images, tmp_path, settings, count, says):
@@ -419,6 +481,28 @@ def test_what_the_bank_cannot_serve_is_refused_before_it_is_drawn(images, tmp_pa
         unlearn_tiny(images[:count], output=out, observers=Observers(on_sample=drawn.append), **settings)
     assert drawn == []
     assert not out.exists()
+
+
+def test_a_bank_too_large_for_the_memory_is_refused_before_it_is_drawn(images, tmp_path, monkeypatch):
+    drawn, bank = [], tmp_path / "bank.safetensors"
+    unlearn_tiny(images, bank=bank)
+    monkeypatch.setattr(replay, "available_memory", lambda: 1)
+    with pytest.raises(InputError, match="Lower --replay_samples"):
+        unlearn_tiny(images, observers=Observers(on_sample=drawn.append))
+    assert drawn == []
+    unlearn_tiny(images, bank=bank)  # there already
+    unlearn_tiny(images, replay_weight=0.0)  # needs none
+
+
+@pytest.mark.parametrize("bank_filter", ["positive_unlabelled", "classifier"])
+def test_no_more_images_than_allowed_pass_through_a_network_at_once(images, bank_filter):
+    module, judge, seen = build_tiny(), nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), []
+    for network in (module, judge):
+        network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    settings = {"bank_filter": bank_filter, "feature_module": "encode", "inference_batch_size": 4}
+    step = {"batch_size": 2, "replay_batch_size": 2}
+    unlearn_tiny(images, module, classifier=judge, forget_label=0, check_size=9, **settings, **step)
+    assert max(seen) == 4
 
 
 def test_a_model_with_nan_is_refused(images):

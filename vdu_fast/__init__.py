@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vdu_fast.errors import InputError as InputError
     from vdu_fast.evaluation import EvaluationConfig as EvaluationConfig
     from vdu_fast.evaluation import evaluate as evaluate
+    from vdu_fast.optim import VariationalOptimizer as VariationalOptimizer
     from vdu_fast.pipelines import Denoiser as Denoiser
     from vdu_fast.pipelines import load_pipeline as load_pipeline
     from vdu_fast.posterior import GaussianPosterior as GaussianPosterior
@@ -42,6 +43,7 @@ _HOME = {
     "ReplayBank": "replay",
     "UnlearnConfig": "config",
     "UnlearnResult": "unlearner",
+    "VariationalOptimizer": "optim",
     "backends": "_native",
     "evaluate": "evaluation",
     "load_images": "data",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vdu_fast.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
@@ -48,14 +52,30 @@ def current_umask() -> int:
     return mask
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """Ctrl-C for the second time within `uninterrupted`: an update may be half done, and must not be saved."""
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that it cannot leave half an update behind."""
+    """Hold Ctrl-C back until the block is done, so that it cannot leave half an update behind.
+
+    Raises:
+        KeyboardInterrupt: after the block, when Ctrl-C came in it.
+        StoppedAtOnce: in the block, when Ctrl-C came twice.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers the signal to the main thread only, and lets no other one set a handler.
         return
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        if held:
+            raise StoppedAtOnce
+        held.append(number)
+        logger.warning("interrupted: finishing the step, then saving (Ctrl-C again stops at once)")
+
+    before = signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:

@@ -57,6 +57,8 @@ class UnlearnConfig:
         max_dropped: the filter may drop at most this share of the bank.
         check_every: steps between measurements on the fixed batch.
         check_size: size of that batch.
+        inference_batch_size: images per network call of the bank, its filter and the measurements, which need no
+            gradient. Lower it where large pictures run out of memory; it changes results by float rounding only.
         save_every: steps between saves of the state that --resume needs.
         precision: "float32" or "bfloat16" (autocast of the network).
         device: "auto" takes CUDA where there is one.
@@ -97,6 +99,7 @@ class UnlearnConfig:
     max_dropped: float = 0.5
     check_every: int = 10
     check_size: int = 256
+    inference_batch_size: int = 250
     save_every: int = 25
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
@@ -122,6 +125,7 @@ class UnlearnConfig:
             "replay_states",
             "check_every",
             "check_size",
+            "inference_batch_size",
             "save_every",
         ):
             if getattr(self, name) < 1:

@@ -113,9 +113,12 @@ def run_demo(
         observers=unlearning_observers(display, config),
     )
     unlearned = time.perf_counter()
+    after = denoiser_of(result.model)
+    # unlearn has moved its model to the device that the settings name; the other one is sampled there as well.
+    before.unet.to(after.device)
     evaluation = evaluate(
         denoiser_of(before),
-        denoiser_of(result.model),
+        after,
         train=train,
         heldout=heldout,
         forget=forget,

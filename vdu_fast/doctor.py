@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 
 import torch
 
-from vdu_fast import ops, rng
+from vdu_fast import _native, ops, reference, rng
 from vdu_fast.demo import shipped_model
 from vdu_fast.errors import InputError
 
@@ -45,39 +43,6 @@ PHILOX_ANSWERS = (
 )
 # SHA-256 of the 4,096 float32 normals of seed 0, little-endian. They must not differ between machines.
 NORMALS_DIGEST = "ef2d72dfcdc046690c60badc5a4defea3b972bbd183db1dd46030c5ccb91c7ba"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A faster implementation of the ops than the torch reference.
-
-    Attributes:
-        name: as in VDU_FAST_BACKEND.
-        module: what holds it.
-        device: the device type whose tensors it serves.
-        needs: a package that must be installed too, or None.
-    """
-
-    name: str
-    module: str
-    device: str
-    needs: str | None = None
-
-    def absence(self) -> str | None:
-        """Why it cannot serve, or None when it can."""
-        if find_spec(self.module) is None:
-            return f"{self.module} is not installed"
-        if self.needs is not None and find_spec(self.needs) is None:
-            return f"{self.module} needs {self.needs}, which is not installed"
-        return None
-
-
-# Fastest first.
-BACKENDS = (
-    Backend("cuda", "vdu_fast._C_cuda", "cuda"),
-    Backend("triton", "vdu_fast.kernels", "cuda", needs="triton"),
-    Backend("cpu", "vdu_fast._C_cpu", "cpu"),
-)
 
 
 @dataclass(frozen=True)
@@ -121,23 +86,23 @@ def devices() -> dict[str, str]:
     return found
 
 
-def op_names() -> list[str]:
-    """The public ops: the functions defined in vdu_fast.ops."""
-    functions = inspect.getmembers(ops, inspect.isfunction)
-    return [name for name, value in functions if value.__module__ == ops.__name__ and not name.startswith("_")]
-
-
 def routes() -> list[Route]:
     """For every op and kind of device: the backend and the reason."""
-    kinds = sorted({name.partition(":")[0] for name in devices()})
-    result = []
-    for kind in kinds:
-        candidates = [backend for backend in BACKENDS if backend.device == kind]
-        absences = [reason for backend in candidates if (reason := backend.absence()) is not None]
-        usable = [backend.name for backend in candidates if backend.absence() is None]
-        chosen, reason = (usable[0], "") if usable else ("reference", "; ".join(absences))
-        result += [Route(op, kind, chosen, reason) for op in op_names()]
-    return result
+    return [
+        Route(op, device, backend, _native.reason(device))
+        for op, by_device in _native.backends().items()
+        for device, backend in by_device.items()
+    ]
+
+
+def build() -> dict[str, str]:
+    """What the native code was built with and which instruction set of this machine it uses; empty if not built."""
+    if _native.ABSENCES["cpu"] is not None:
+        return {}
+    from vdu_fast import _C_cpu
+
+    info = _C_cpu.build_info()
+    return {"cpu": f"{info['isa']} (of {', '.join(_C_cpu.available_isas())}), gcc {info['compiler']}, {info['flags']}"}
 
 
 def checks() -> list[Check]:
@@ -145,6 +110,7 @@ def checks() -> list[Check]:
     named: list[tuple[str, Callable[[], str]]] = [
         ("random words", _check_words),
         ("random normals", _check_normals),
+        ("backends", _check_backends),
         ("shipped model", _check_shipped_model),
     ]
     result = []
@@ -183,6 +149,25 @@ def _check_normals() -> str:
             "of this machine cannot be repeated elsewhere bit for bit"
         )
     return f"4,096 normals have the bits of every other machine (error {error:.0e} against float64)"
+
+
+def _check_backends() -> str:
+    """The fast normals and weights against the reference's, bit for bit, on every device."""
+    found = []
+    for device in sorted({route.device for route in routes()}):
+        mean, log_std = (rng.standard_normal(5000, 0, k, device=device) for k in (1, 2))
+        for op in ("standard_normal", "sample_weights"):
+            arguments = (5000, 3, 4) if op == "standard_normal" else (mean, log_std, 3, 4)
+            options = {"device": device} if op == "standard_normal" else {}
+            fast, slow = getattr(ops, op)(*arguments, **options), getattr(reference, op)(*arguments, **options)
+            if not torch.equal(fast, slow):
+                wrong = int((fast != slow).sum())
+                raise AssertionError(
+                    f"{op} on {device} by backend {_native.backend_of(device)} differs from the reference in {wrong} "
+                    "of 5,000 values; set VDU_FAST_BACKEND=reference and report this with the output of this command"
+                )
+        found.append(f"{_native.backend_of(device)} on {device}")
+    return f"normals and weights have the reference's bits ({', '.join(found)})"
 
 
 def _check_shipped_model() -> str:

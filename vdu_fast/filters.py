@@ -51,7 +51,7 @@ class FilterReport:
 
 
 def classifier_filter(
-    images: Tensor, classifier: nn.Module, forget_label: int, *, max_dropped: float = 0.5
+    images: Tensor, classifier: nn.Module, forget_label: int, *, max_dropped: float = 0.5, batch_size: int = 250
 ) -> tuple[Tensor, FilterReport]:
     """Drop the images that a classifier assigns to the forgotten class, or gives it a probability of 5% or more.
 
@@ -60,6 +60,7 @@ def classifier_filter(
         classifier: maps images [B, C, H, W] to logits [B, classes].
         forget_label: index of the forgotten class.
         max_dropped: at most this share of the images is dropped, the most probable first.
+        batch_size: images per call of the classifier.
 
     Returns:
         bool [N], true where the image stays, and the report.
@@ -67,7 +68,7 @@ def classifier_filter(
     device = next(classifier.parameters()).device
     classifier.eval()
     with torch.no_grad():
-        logits = torch.cat([classifier(chunk.to(device)).float().cpu() for chunk in images.split(500)])
+        logits = torch.cat([classifier(chunk.to(device)).float().cpu() for chunk in images.split(batch_size)])
     if not 0 <= forget_label < logits.shape[1]:
         raise InputError(
             f"forget_label must be in [0, {logits.shape[1]}), the classes of the classifier, got {forget_label}."
@@ -95,6 +96,7 @@ def positive_unlabelled_filter(
     *,
     feature_module: str | None = None,
     max_dropped: float = 0.5,
+    batch_size: int = 250,
 ) -> tuple[Tensor, FilterReport]:
     """Drop the replayed images that look like the forget images to the network itself.
 
@@ -111,6 +113,7 @@ def positive_unlabelled_filter(
         forget_images: float32 [M, C, H, W], M >= 8.
         feature_module: name of the submodule to read; None takes `mid_block`.
         max_dropped: at most this share of the bank is dropped, the best-scored first.
+        batch_size: images per network call.
 
     Returns:
         bool [N], true where the image stays, and the report.
@@ -119,8 +122,8 @@ def positive_unlabelled_filter(
         InputError: too few forget images, or no such submodule.
     """
     module = check_positive_unlabelled(denoiser, forget_images, feature_module)
-    bank = middle_features(denoiser, bank_images, module)
-    forget = middle_features(denoiser, forget_images, module)
+    bank = middle_features(denoiser, bank_images, module, batch_size=batch_size)
+    forget = middle_features(denoiser, forget_images, module, batch_size=batch_size)
     both = torch.cat([bank, forget])
     mean, std = both.mean(dim=0), both.std(dim=0).clamp_min(1e-6)
     scores, held_out, share = _score((bank - mean) / std, (forget - mean) / std)
@@ -181,7 +184,7 @@ def find_feature_module(network: nn.Module, name: str | None) -> nn.Module:
     )
 
 
-def middle_features(denoiser: Denoiser, images: Tensor, module: nn.Module, *, batch_size: int = 500) -> Tensor:
+def middle_features(denoiser: Denoiser, images: Tensor, module: nn.Module, *, batch_size: int = 250) -> Tensor:
     """Channel means and standard deviations of a submodule's output, float64 [N, 2 F len(FEATURE_LEVELS)].
 
     The images are scaled as at each noise level but no noise is added: that makes the features sharper.

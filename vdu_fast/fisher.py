@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 
 from vdu_fast.errors import InputError
+from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.rng import Stream, randint, standard_normal
+from vdu_fast.rng import Stream, randint
 from vdu_fast.sampling import sample_images
 from vdu_fast.schedule import TimestepWeighting
 

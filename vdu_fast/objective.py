@@ -15,22 +15,29 @@ timesteps and elements, B_f the expected sum over timesteps and elements, and B 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vdu_fast import ops
+from vdu_fast.reference import Saturation, saturate
 
 ObjectiveReduction = Literal["mean", "sum"]
-Saturation = Literal["none", "hinge", "npo"]
 
 
-def per_sample_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """C_t times the mean squared error of each sample, float [B]; `weight` is C_t of the samples, [B]."""
+def per_sample_error(
+    prediction: Tensor, target: Tensor | None, weight: Tensor, *, seed: int = 0, draw: int = 0, **mixed: Any
+) -> Tensor:
+    """C_t times the mean squared error of each sample, float [B]; `weight` is C_t of the samples, [B].
+
+    Without a target it is the noise of (seed, draw), drawn again; `mixed` are the signal and noise coefficients of
+    `ops.noise_prediction_loss` for the other prediction types.
+    """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    error = ops.noise_prediction_loss(prediction.to(dtype), 0, weight=weight, reduction="none", target=target.to(dtype))
+    if target is not None:
+        mixed["target"] = target.to(dtype)
+    error = ops.noise_prediction_loss(prediction.to(dtype), seed, draw, weight=weight, reduction="none", **mixed)
     return error / prediction[0].numel()
 
 
@@ -41,19 +48,12 @@ def ascent_loss(
 
     Args:
         error: [B], per-sample errors on the forget data.
-        saturation: "none" gives -error, unbounded below; "hinge" gives -min(error, limit), which lets go of a sample
-            once its error has reached `limit`; "npo" gives (2 / beta) softplus(-beta (error - reference)), whose pull
-            fades smoothly (Zhang et al. 2024, negative preference optimisation).
+        saturation: see `vdu_fast.reference.saturate`.
         limit: for "hinge", [B].
         beta: for "npo", [B], in units of 1 / error.
         reference: for "npo", [B], the errors of the model before unlearning on the same samples.
     """
-    if saturation == "hinge":
-        return -torch.minimum(error, limit).mean()
-    if saturation == "npo":
-        assert reference is not None
-        return (2 / beta * functional.softplus(-beta * (error - reference))).mean()
-    return -error.mean()
+    return -saturate(error, saturation, limit=limit, beta=beta, before=reference).mean()
 
 
 def forget_scale(reduction: ObjectiveReduction, *, images: int, timesteps: int, elements: int) -> float:

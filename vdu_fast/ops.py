@@ -246,7 +246,8 @@ def sample_whitened_weights_(
     Args:
         out: contiguous float tensor or list of them, in any float dtype.
         center, prior_std, z, log_std: the same, of one dtype.
-        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean, and draws nothing.
+        noise_scale: standard deviation of q over prior_std where log_std is None; 0 gives the mean in any case, and
+            draws nothing.
 
     Raises:
         InputError: the lists do not match, or a tensor is not contiguous or not floating-point.

@@ -4,22 +4,27 @@ With z = (mu - mu*) / sigma*, the KL to the posterior N(mu*, sigma*^2) is ||z||^
 gradient in z is sigma* times that in mu, and plain SGD on z is the natural-gradient step on mu with metric
 1 / sigma*^2. One parametrisation therefore carries every optimizer:
 
-    theta = mu* + sigma* z + sigma n,      n ~ N(0, 1) regenerated from (seed, step), never stored
+    theta = mu* + sigma* z + sigma n,      n ~ N(0, 1) regenerated from (seed, draw), never stored
+
+`VariationalWeights` is what the unlearner uses, over one flat vector; `VariationalOptimizer` is the same as a
+torch.optim.Optimizer, over the parameters of any training loop.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vdu_fast import ops
 from vdu_fast.errors import InputError
-from vdu_fast.rng import Stream
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.reference import RULES, StepConstants
 
 Family = Literal["mean_only", "mean_field"]
 OptimizerName = Literal["natural", "natural_sign", "natural_adam", "adam"]
@@ -43,48 +48,40 @@ class UpdateRule:
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-12
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the running averages that the rule keeps per weight."""
+        if self.name in ("natural_adam", "adam"):
+            return ("first", "second")
+        return ("first",) if self.momentum > 0 else ()
 
-class Moments:
-    """The running averages of one update rule over one flat vector; created when first needed."""
-
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule = rule
-        self.count = 0
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
-
-    def direction(self, grad: Tensor) -> Tensor:
-        """The step for gradient `grad` at learning rate 1, before the sign."""
-        rule = self.rule
-        self.count += 1
-        if rule.name in ("natural_adam", "adam"):
-            return self._adam(grad)
-        if rule.momentum > 0:
-            self.first = torch.zeros_like(grad) if self.first is None else self.first
-            grad = self.first.mul_(rule.momentum).add_(grad)
-        return grad.sign() if rule.name == "natural_sign" else grad
-
-    def _adam(self, grad: Tensor) -> Tensor:
-        beta1, beta2 = self.rule.betas
-        if self.first is None or self.second is None:
-            self.first, self.second = torch.zeros_like(grad), torch.zeros_like(grad)
-        self.first.lerp_(grad, 1 - beta1)
-        self.second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = math.sqrt(1 - beta2**self.count) / (1 - beta1**self.count)
-        return scale * self.first / (self.second.sqrt() + self.rule.eps)
-
-    def state_dict(self, prefix: str) -> dict[str, Tensor]:
-        state = {f"{prefix}.count": torch.tensor(self.count)}
-        for name in ("first", "second"):
-            if (tensor := getattr(self, name)) is not None:
-                state[f"{prefix}.{name}"] = tensor
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor], prefix: str, device: torch.device) -> None:
-        self.count = int(state[f"{prefix}.count"])
-        for name in ("first", "second"):
-            tensor = state.get(f"{prefix}.{name}")
-            setattr(self, name, None if tensor is None else tensor.to(device, copy=True))
+    def constants(
+        self,
+        count: int,
+        *,
+        kl_weight: float,
+        noise_scale: float = 0.0,
+        std_learning_rate: float = 0.0,
+        scale: float = 1.0,
+        clip: float = 1.0,
+    ) -> StepConstants:
+        """The scalars of step number `count` = 1, 2, ..., at `scale` times the learning rates."""
+        beta1, beta2 = self.betas
+        return StepConstants(
+            learning_rate=scale * self.learning_rate,
+            std_learning_rate=scale * std_learning_rate,
+            momentum=self.momentum,
+            beta1=beta1,
+            one_minus_beta1=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            eps=self.eps,
+            bias_correction=math.sqrt(1 - beta2**count) / (1 - beta1**count),
+            kl_weight=kl_weight,
+            gradient_scale=1.0,
+            clip=clip,
+            noise_scale=noise_scale,
+        )
 
 
 class VariationalWeights:
@@ -97,6 +94,12 @@ class VariationalWeights:
         family: "mean_only" evaluates the network at the mean (sigma plays no part); "mean_field" at a sample.
         learn_std: under "mean_field", whether log sigma moves too. It starts at log sigma*.
         std_learning_rate: of log sigma, which always moves by Adam.
+
+    Attributes:
+        state: what `step_` moves, float [d] each: z, and by rule and family first, second, log_std, std_first,
+            std_second.
+        count: steps taken.
+        kl: KL(q || N(mu*, sigma*^2)) as it is now.
     """
 
     def __init__(
@@ -112,69 +115,313 @@ class VariationalWeights:
         if learn_std and family != "mean_field":
             raise InputError("learn_std needs family='mean_field': a mean-only q has a fixed standard deviation.")
         self.center, self.prior_std, self.rule, self.family = center, prior_std, rule, family
-        self.z = torch.zeros_like(center)
-        self.moments = Moments(rule)
-        self.log_std = prior_std.log() if learn_std else None
-        std_rule = UpdateRule("adam", std_learning_rate, betas=rule.betas, eps=rule.eps)
-        self.std_moments = Moments(std_rule) if learn_std else None
+        self.std_learning_rate = std_learning_rate
+        self.state = {name: torch.zeros_like(center) for name in ("z", *rule.moments)}
+        if learn_std:
+            self.state |= {"log_std": prior_std.log()}
+            self.state |= {name: torch.zeros_like(center) for name in ("std_first", "std_second")}
+        self.count = 0
+        self.kl = 0.0
+
+    @property
+    def z(self) -> Tensor:
+        return self.state["z"]
+
+    @property
+    def log_std(self) -> Tensor | None:
+        """log sigma, float [d], where it is learned."""
+        return self.state.get("log_std")
 
     @property
     def mean(self) -> Tensor:
-        """mu, float [d]."""
-        return self.center + self.prior_std * self.z
+        """mu, a new tensor [d]; `mean_` writes it where it is wanted."""
+        out = torch.empty_like(self.center)
+        self.mean_(out)
+        return out
 
-    def sample(self, seed: int, draw: int) -> Tensor:
-        """The weights that draw number `draw` evaluates the network at: mu, or a sample of q."""
-        if self.family == "mean_only":
-            return self.mean
-        log_std = self.prior_std.log() if self.log_std is None else self.log_std
-        return ops.sample_weights(self.mean, log_std, seed, draw)
+    @property
+    def noise_scale(self) -> float:
+        return 0.0 if self.family == "mean_only" else 1.0
 
-    def kl(self) -> Tensor:
-        """KL(q || N(mu*, sigma*^2)), a scalar: ||z||^2 / 2 unless sigma is learned."""
-        if self.log_std is None:
-            return 0.5 * self.z.square().sum()
-        return ops.gaussian_kl(self.mean, self.log_std, self.center, self.prior_std)
+    def mean_(self, out: Tensor) -> None:
+        """Write mu into `out`, [d] of any float dtype."""
+        ops.sample_whitened_weights_(out, self.center, self.prior_std, self.z, 0, noise_scale=0.0)
 
-    def whitened_gradient(self, grad: Tensor, kl_weight: float) -> Tensor:
-        """dL/dz from dL_network/dtheta `grad`: the chain rule plus the gradient of kl_weight * KL."""
-        return self.prior_std * grad + kl_weight * self.z
+    def sample_(self, out: Tensor, seed: int, draw: int) -> None:
+        """Write the weights that draw number `draw` evaluates the network at: mu, or a sample of q."""
+        ops.sample_whitened_weights_(
+            out, self.center, self.prior_std, self.z, seed, draw, log_std=self.log_std, noise_scale=self.noise_scale
+        )
 
-    def std_gradient(self, grad: Tensor, kl_weight: float, seed: int, draw: int) -> Tensor:
-        """dL/dlog_std from the gradient at the sample of draw `draw`, whose noise is regenerated."""
-        assert self.log_std is not None
-        n = ops.standard_normal(grad.shape, seed, draw, stream=Stream.WEIGHTS, device=grad.device)
-        std = self.log_std.exp()
-        return grad * n * std + kl_weight * ((std / self.prior_std).square() - 1)
+    def _constants(self, kl_weight: float, scale: float = 1.0, clip: float = 1.0) -> StepConstants:
+        options = {"noise_scale": self.noise_scale, "std_learning_rate": self.std_learning_rate}
+        return self.rule.constants(self.count + 1, kl_weight=kl_weight, scale=scale, clip=clip, **options)
 
-    def gradient_norm(self, grad_z: Tensor) -> float:
-        """Norm of the gradient in the coordinates that the update rule moves: mu for "adam", z for the others."""
-        return float((grad_z / self.prior_std if self.rule.name == "adam" else grad_z).norm())
+    def gradient_norm(self, grad: Tensor, kl_weight: float) -> float:
+        """Norm of the gradient in the coordinates that the rule moves: mu for "adam", z for the others."""
+        constants = self._constants(kl_weight)
+        squared = ops.variational_gradient_norm(grad, self.z, self.prior_std, constants, rule=self.rule.name)
+        return math.sqrt(float(squared)) if squared.isfinite() else math.nan
 
-    def step(self, grad_z: Tensor, grad_log_std: Tensor | None = None, *, scale: float = 1.0) -> None:
-        """Move z (and log sigma) at `scale` times the rate of the rule, given dL/dz and dL/dlog_std, float [d]."""
-        lr = scale * self.rule.learning_rate
-        if self.rule.name == "adam":
-            self.z.sub_(self.moments.direction(grad_z / self.prior_std) / self.prior_std, alpha=lr)
-        else:
-            self.z.sub_(self.moments.direction(grad_z), alpha=lr)
-        if self.log_std is not None and grad_log_std is not None:
-            assert self.std_moments is not None
-            std_lr = scale * self.std_moments.rule.learning_rate
-            self.log_std.sub_(self.std_moments.direction(grad_log_std), alpha=std_lr)
+    def step_(
+        self,
+        theta: Tensor,
+        grad: Tensor,
+        *,
+        kl_weight: float,
+        seed: int = 0,
+        draw: int = 0,
+        next_draw: int = 0,
+        noise_grad: Tensor | None = None,
+        scale: float = 1.0,
+        clip: float = 1.0,
+    ) -> float:
+        """Move q by one step and write the weights of draw `next_draw` into theta, in one pass.
+
+        Args:
+            theta: written, [d] of any float dtype.
+            grad: dL/dtheta at the weights of draw `draw`, [d] of any float dtype.
+            kl_weight: multiplies the KL in the objective.
+            noise_grad: see `ops.variational_step_`.
+            scale: factor of the learning rates.
+            clip: factor of the gradient of z.
+
+        Returns:
+            Norm of the gradient, as `gradient_norm` gives it.
+        """
+        moments: dict[str, Any] = {name: tensor for name, tensor in self.state.items() if name != "z"}
+        sums = ops.variational_step_(
+            theta, grad, self.center, self.prior_std, self.z, self._constants(kl_weight, scale, clip),
+            seed, draw, next_draw, rule=self.rule.name, noise_grad=noise_grad,
+            **moments,
+        )  # fmt: skip
+        self.count += 1
+        self.kl, squared = sums.tolist()
+        return math.sqrt(squared) if math.isfinite(squared) else math.nan
 
     def state_dict(self) -> dict[str, Tensor]:
         """What changes during unlearning, as flat tensors; mu* and sigma* come from model and posterior."""
-        state = {"z": self.z, **self.moments.state_dict("moments")}
-        if self.log_std is not None and self.std_moments is not None:
-            state |= {"log_std": self.log_std, **self.std_moments.state_dict("std_moments")}
-        return state
+        return {**self.state, "count": torch.tensor(self.count), "kl": torch.tensor(self.kl, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
-        device = self.center.device  # a state read from a file lies on the CPU
-        self.z = state["z"].to(device, copy=True)
-        self.moments.load_state_dict(state, "moments", device)
-        if self.std_moments is not None:
-            self.log_std = state["log_std"].to(device, copy=True)
-            self.std_moments.load_state_dict(state, "std_moments", device)
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])
+        self.count, self.kl = int(state["count"]), float(state["kl"])
+
+
+class VariationalOptimizer(torch.optim.Optimizer):
+    """Variational learning in any training loop: q(theta) = N(mu, sigma^2) around weights whose posterior is known.
+
+        optimizer = VariationalOptimizer(model.named_parameters(), posterior, lr=0.02, kl_weight=1e-6)
+        for batch in data:
+            with optimizer.sampled_weights():          # the network is evaluated at a draw of q
+                loss(model, batch).backward()
+            optimizer.step()                           # mu moves, and is what the parameters hold again
+            optimizer.zero_grad()
+
+    The objective is the loss plus kl_weight KL(q || N(mu*, sigma*^2)), mu* being the weights at construction. No noise
+    and no copy of the weights is stored; the same seed gives the same run, whatever the device.
+
+    Args:
+        params: as for any torch optimizer; named parameters where `posterior` is a GaussianPosterior.
+        posterior: standard deviations by parameter name, or one number for all.
+        lr: in units of sigma* for the natural rules, of the weights for "adam".
+        rule: "natural", "natural_sign", "natural_adam" or "adam"; see `UpdateRule`.
+        kl_weight: multiplies the KL: 1 / N for a loss that is the mean over N examples.
+        noise_scale: sigma / sigma* at the start; 0 evaluates at the mean, and `sampled_weights` does nothing.
+        learn_std: whether log sigma moves too, by Adam at `std_lr`.
+        momentum, betas, eps: of the rule.
+        seed: of the draws.
+
+    All but `posterior` and `seed` may differ between parameter groups. Closures, learning-rate schedulers and
+    GradScaler work as with torch's own optimizers. Gradients of several draws may be collected before one `step`,
+    unless `learn_std`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        posterior: GaussianPosterior | float,
+        *,
+        lr: float = 0.02,
+        rule: OptimizerName = "natural_adam",
+        kl_weight: float = 0.0,
+        noise_scale: float = 1.0,
+        learn_std: bool = False,
+        std_lr: float = 1e-3,
+        momentum: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-12,
+        seed: int = 0,
+    ) -> None:
+        if rule not in RULES:
+            raise InputError(f"rule must be one of {', '.join(RULES)}, got {rule!r}.")
+        for name, value in (("lr", lr), ("kl_weight", kl_weight), ("noise_scale", noise_scale), ("std_lr", std_lr)):
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be 0 or a positive number, got {value}.")
+        if learn_std and noise_scale == 0:
+            raise InputError("learn_std needs noise_scale above 0: at the mean, the loss says nothing about sigma.")
+        if isinstance(posterior, int | float) and not (math.isfinite(posterior) and posterior > 0):
+            raise InputError(f"posterior must be a GaussianPosterior or a positive number, got {posterior}.")
+        self.posterior, self.seed = posterior, seed
+        defaults = {
+            "lr": lr, "rule": rule, "kl_weight": kl_weight, "noise_scale": noise_scale, "learn_std": learn_std,
+            "std_lr": std_lr, "momentum": momentum, "betas": betas, "eps": eps,
+            "steps": 0, "draws": 0, "pending": 0,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # Where the group's parameters lie in the numbering of the noise: after those of the earlier groups.
+        group["offset"] = sum(p.numel() for g in self.param_groups[:-1] for p in g["params"])
+        for number, parameter in enumerate(group["params"]):
+            self.state[parameter] = self._initial_state(group, number, parameter)
+
+    def _initial_state(self, group: dict[str, Any], number: int, parameter: Tensor) -> dict[str, Tensor]:
+        if not parameter.is_contiguous():
+            raise InputError("parameters must be contiguous; replace the data of this one by data.contiguous().")
+        center = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        state = {"center": center, "prior_std": self._prior_std(group, number, center), "z": torch.zeros_like(center)}
+        state |= {name: torch.zeros_like(center) for name in self._rule(group).moments}
+        if group["learn_std"]:
+            state["log_std"] = (group["noise_scale"] * state["prior_std"]).log()
+            state |= {name: torch.zeros_like(center) for name in ("std_first", "std_second")}
+        return state
+
+    def _prior_std(self, group: dict[str, Any], number: int, center: Tensor) -> Tensor:
+        if not isinstance(self.posterior, GaussianPosterior):
+            return torch.full_like(center, self.posterior)
+        if "param_names" not in group:
+            raise InputError(
+                "params must be named for a GaussianPosterior: pass model.named_parameters(), or a number as posterior."
+            )
+        name = group["param_names"][number]
+        self.posterior.check_fits({name: center})
+        return self.posterior.std[name].to(center, copy=True).contiguous()
+
+    @staticmethod
+    def _rule(group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule(group["rule"], float(group["lr"]), group["momentum"], tuple(group["betas"]), group["eps"])
+
+    @contextmanager
+    def sampled_weights(self) -> Iterator[None]:
+        """The parameters hold a draw of q inside, and its mean again after; gradients inside are those of `step`.
+
+        Raises:
+            InputError: a second draw before `step` under learn_std, whose gradient needs each draw's noise.
+        """
+        for group in self.param_groups:
+            if group["learn_std"] and group["pending"]:
+                raise InputError("under learn_std call step() after every sampled_weights(): one draw per step.")
+        self._write(noisy=True)
+        try:
+            yield
+        finally:
+            for group in self.param_groups:
+                group["draws"] += 1
+                group["pending"] += 1
+            self._write(noisy=False)
+
+    def _write(self, *, noisy: bool) -> None:
+        for group in self.param_groups:
+            if group["noise_scale"] == 0:
+                continue  # the parameters hold the mean all the time
+            states = [self.state[p] for p in group["params"]]
+            ops.sample_whitened_weights_(
+                group["params"],
+                _each(states, "center"),
+                _each(states, "prior_std"),
+                _each(states, "z"),
+                self.seed,
+                group["draws"],
+                log_std=_each(states, "log_std") if group["learn_std"] else None,
+                noise_scale=group["noise_scale"] if noisy else 0.0,
+                offset=group["offset"],
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move q along the gradients and write its mean into the parameters; those without a gradient stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["steps"] += 1
+            group["pending"] = 0
+            rule = self._rule(group)
+            # Noise scale 0: what is written is the mean.
+            constants = rule.constants(
+                group["steps"], kl_weight=group["kl_weight"], std_learning_rate=group["std_lr"], noise_scale=0.0
+            )
+            for offset, params in _runs_with_gradients(group):
+                self._step_run(group, constants, offset, params)
+        return loss
+
+    def _step_run(self, group: dict[str, Any], constants: StepConstants, offset: int, params: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        moments: dict[str, Any] = {
+            name: _each(states, name)
+            for name in ("first", "second", "log_std", "std_first", "std_second")
+            if name in states[0]
+        }
+        ops.variational_step_(
+            params,
+            [p.grad.contiguous() for p in params if p.grad is not None],
+            _each(states, "center"),
+            _each(states, "prior_std"),
+            _each(states, "z"),
+            constants,
+            self.seed,
+            group["draws"] - 1,
+            rule=group["rule"],
+            offset=offset,
+            **moments,
+        )
+
+    def kl(self) -> float:
+        """KL(q || N(mu*, sigma*^2)) over all parameters; ||z||^2 / 2 where sigma = sigma*."""
+        total = 0.0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                s = self.state[parameter]
+                if group["learn_std"]:
+                    mean = s["center"] + s["prior_std"] * s["z"]
+                    total += float(ops.gaussian_kl(mean, s["log_std"], s["center"], s["prior_std"]))
+                else:
+                    total += 0.5 * float(s["z"].double().square().sum())
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        # torch converts the state to the dtype of the parameter, which would round the float32 state of a bfloat16 one.
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(saved, mine, strict=True):
+            for name, value in state_dict["state"][key].items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _each(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
+    return [state[name] for state in states]
+
+
+def _runs_with_gradients(group: dict[str, Any]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Stretches of neighbouring parameters that have a gradient, with the place of each in the noise's numbering."""
+    place = start = group["offset"]
+    run: list[Tensor] = []
+    for parameter in group["params"]:
+        if parameter.grad is None:
+            if run:
+                yield start, run
+            run = []
+        else:
+            start = start if run else place
+            run.append(parameter)
+        place += parameter.numel()
+    if run:
+        yield start, run

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vdu_fast.checkpoint import current_umask, replacing_folder
 from vdu_fast.errors import InputError
+from vdu_fast.modules import unwrapped
 from vdu_fast.schedule import NoiseSchedule
 
 SUPPORTED = "unconditional pixel-space pipelines with a UNet2DModel (DDPMPipeline, DDIMPipeline and the like)"
@@ -22,14 +23,15 @@ class Denoiser:
     """A network that maps (x_t, timesteps) to a prediction, together with its noise schedule.
 
     Args:
-        module: any nn.Module called as module(x_t, timesteps); returns a tensor, or an object or tuple whose first
+        module: any nn.Module called as module(x_t, timesteps), taken out of DataParallel, DistributedDataParallel and
+            torch.compile, whose wrappers rename the parameters; returns a tensor, or an object or tuple whose first
             field (`sample`) is one. An output of twice the channels is read as (prediction, learned variance).
         scheduler: the diffusers scheduler it was trained with, or a NoiseSchedule.
         sample_shape: (C, H, W) of one image.
     """
 
     def __init__(self, module: nn.Module, scheduler: Any, sample_shape: tuple[int, int, int]) -> None:
-        self.module = module
+        self.module = unwrapped(module)
         self.scheduler = scheduler
         self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         self.sample_shape = sample_shape
@@ -116,7 +118,7 @@ def denoiser_of(pipeline: Any) -> Denoiser:
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if unet is None or scheduler is None:
         raise InputError(f"{type(pipeline).__name__} has no unet and scheduler. Supported: {SUPPORTED}.")
-    config = unet.config
+    config: Any = unwrapped(unet).config
     conditional = getattr(config, "num_class_embeds", None) or getattr(config, "class_embed_type", None)
     if conditional or hasattr(config, "cross_attention_dim"):
         raise InputError(f"{type(pipeline).__name__} has a conditional {type(unet).__name__}. Supported: {SUPPORTED}.")

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vdu_fast import ops
 from vdu_fast.checkpoint import load_state, load_tensors, save_tensors
 from vdu_fast.errors import InputError
+from vdu_fast.modules import PREFIXES, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class GaussianPosterior:
         if not (math.isfinite(std) and std > 0):
             raise InputError(f"std must be a positive number, got {std}.")
         return cls(
-            {name: torch.full(p.shape, std) for name, p in module.named_parameters()},
+            {name: torch.full(p.shape, std) for name, p in unwrapped(module).named_parameters()},
             source={"kind": "constant", "std": repr(std)},
         )
 
@@ -92,8 +94,8 @@ class GaussianPosterior:
         missing = [name for name in parameters if name not in self.std]
         if missing:
             raise InputError(
-                f"posterior: {len(missing)} of the model's {len(parameters)} parameters are absent from it (first: "
-                f"{missing[0]}). It belongs to another model: estimate it from this model's checkpoints."
+                f"posterior: {len(missing)} of the model's {len(parameters)} trainable parameters are absent from it "
+                f"(first: {missing[0]}). {self._remedy(missing, parameters)}"
             )
         for name, parameter in parameters.items():
             for kind, tensors in (("std", self.std), ("mean", self.mean)):
@@ -109,6 +111,21 @@ class GaussianPosterior:
                     raise InputError(f"posterior: {kind} of {name} holds NaN or infinity; estimate it again.")
             if not (self.std[name] > 0).all():
                 raise InputError(f"posterior: std of {name} has zeros; estimate it again with a positive floor.")
+
+    def _remedy(self, missing: Sequence[str], parameters: Mapping[str, Tensor]) -> str:
+        """What may be wrong where parameters have no std, and what to do about it."""
+        if len(missing) == len(parameters):
+            for prefix in PREFIXES:
+                if all(f"{prefix}{name}" in self.std for name in parameters):
+                    return (
+                        f"Its names begin with {prefix!r}, from checkpoints of a wrapped model: save the state_dict of "
+                        f"model.{prefix.rstrip('.')}, or strip the prefix, and estimate it again."
+                    )
+            return "It belongs to another model: estimate it from this model's checkpoints."
+        return (
+            "Either they never changed between its checkpoints: freeze them (requires_grad_(False)), or name only the "
+            "others (--trainable). Or it belongs to another model: estimate it from this model's checkpoints."
+        )
 
 
 class RunningMoments:
@@ -131,11 +148,8 @@ class RunningMoments:
             return
         distance = length = 0.0
         for name, t in values.items():
-            delta = t.float() - self.mean[name]
-            distance += float(delta.square().sum())
-            length += float(t.float().square().sum())
-            self.mean[name].add_(delta, alpha=1 / self.count)
-            self.squares[name].addcmul_(delta, t.float() - self.mean[name])
+            apart, long = ops.welford_update_(self.mean[name], self.squares[name], t, self.count).tolist()
+            distance, length = distance + apart, length + long
         self._apart = max(self._apart, math.sqrt(distance / max(length, 1e-30)))
 
     def _check(self, values: Mapping[str, Tensor], label: str) -> None:
@@ -157,7 +171,9 @@ class RunningMoments:
                 )
 
     def posterior(self, *, shrink: float | None = None, floor: float = 1e-6) -> GaussianPosterior:
-        """The posterior with shrunk variances.
+        """The posterior with shrunk variances, of the tensors that moved.
+
+        Constant buffers and frozen weights have no variance; they are left out with a logged warning.
 
         A variance from K checkpoints has a relative standard deviation of sqrt(2 / (K - 1)), so per tensor
 
@@ -168,7 +184,7 @@ class RunningMoments:
             floor: smallest standard deviation, in units of the parameters; above 1e-4 it is known to hurt.
 
         Raises:
-            InputError: fewer than two checkpoints, or tensors that never changed.
+            InputError: fewer than two checkpoints, or none that differs from the others.
         """
         if self.count < 2:
             raise InputError(
@@ -180,14 +196,17 @@ class RunningMoments:
             raise InputError(f"shrink must be in [0, 1], got {shrink}.")
         if not (math.isfinite(floor) and floor > 0):
             raise InputError(f"floor must be a positive number, got {floor}.")
-        still = [name for name, squares in self.squares.items() if not squares.any()]
+        moving = {name: squares for name, squares in self.squares.items() if squares.any()}
+        still = [name for name in self.squares if name not in moving]
+        if not moving:
+            raise InputError("the checkpoints are all equal, so they hold no variance: give different training steps.")
         if still:
-            everything = len(still) == len(self.squares)
-            raise InputError(
-                "the checkpoints are all equal, so they hold no variance: give different training steps."
-                if everything
-                else f"{len(still)} tensors never change between the checkpoints (first: {still[0]}). Give checkpoints "
-                "of a run that trained all of them, or use --fisher."
+            logger.warning(
+                "%d of %d tensors never change between the checkpoints (first: %s). They are left out: unlearning "
+                "with this posterior cannot move them.",
+                len(still),
+                len(self.squares),
+                still[0],
             )
         if self._apart > SEPARATE_RUNS_DISTANCE:
             logger.warning(
@@ -196,12 +215,12 @@ class RunningMoments:
                 100 * self._apart,
             )
         std = {}
-        for name, squares in self.squares.items():
+        for name, squares in moving.items():
             variance = squares / (self.count - 1)
             std[name] = variance.mul(1 - shrink).add_(variance.mean() * shrink).sqrt_().clamp_(min=floor)
         source = {"kind": "checkpoints", "count": str(self.count), "shrink": repr(shrink), "floor": repr(floor)}
         # Copies: the running mean is updated in place, and a posterior must not move once it is given out.
-        return GaussianPosterior(std, {name: t.clone() for name, t in self.mean.items()}, source)
+        return GaussianPosterior(std, {name: self.mean[name].clone() for name in moving}, source)
 
 
 class PosteriorRecorder:
@@ -220,7 +239,7 @@ class PosteriorRecorder:
     def __init__(self, module: nn.Module, *, every: int = 100, start: int = 0) -> None:
         if every < 1:
             raise InputError(f"every must be at least 1, got {every}.")
-        self.module, self.every, self.start = module, every, start
+        self.module, self.every, self.start = unwrapped(module), every, start
         self.calls = 0
         self.moments = RunningMoments()
 
@@ -239,7 +258,7 @@ class PosteriorRecorder:
         """The posterior so far; `mean` replaces the recorded mean by the weights of that network."""
         result = self.moments.posterior(shrink=shrink, floor=floor)
         if mean is not None:
-            result.mean = {name: p.detach().float().cpu().clone() for name, p in mean.named_parameters()}
+            result.mean = {name: p.detach().float().cpu().clone() for name, p in unwrapped(mean).named_parameters()}
         return result
 
     def state_dict(self) -> dict[str, Tensor]:

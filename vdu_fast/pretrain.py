@@ -18,12 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdu_fast.checkpoint import load_tensors, prepare_output, save_tensors, uninterrupted, write_json_atomic
+from vdu_fast.checkpoint import (
+    StoppedAtOnce,
+    load_tensors,
+    prepare_output,
+    save_tensors,
+    uninterrupted,
+    write_json_atomic,
+)
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
-from vdu_fast.pipelines import save_pipeline
+from vdu_fast.ops import standard_normal
+from vdu_fast.pipelines import pick_device, save_pipeline
 from vdu_fast.posterior import PosteriorRecorder
-from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
+from vdu_fast.rng import Stream, batch_indices, randint
 from vdu_fast.schedule import NoiseSchedule
 
 STATE_FILE = "resume/pretrain.safetensors"
@@ -47,6 +55,7 @@ class PretrainConfig:
         max_gradient_norm: gradients are clipped to this norm.
         prediction_type: what the network predicts: epsilon, v_prediction or sample.
         save_every: steps between saves of the state that --resume needs.
+        device: "auto" takes CUDA where there is one.
         seed: of weights, batches, timesteps and noise.
     """
 
@@ -63,6 +72,7 @@ class PretrainConfig:
     max_gradient_norm: float = 1.0
     prediction_type: str = "epsilon"
     save_every: int = 200
+    device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -128,6 +138,8 @@ class Pretraining:
         self.scheduler = DDPMScheduler(1000, prediction_type=config.prediction_type)
         self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
         self.unet = build_unet(config, channels, height)
+        self.device = pick_device(config.device, self.unet)
+        self.unet.to(self.device)
         self.average = [p.detach().clone() for p in self.unet.parameters()]
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=config.learning_rate, fused=True)
         # The last of `checkpoints` records falls on the last constant step.
@@ -151,9 +163,9 @@ class Pretraining:
         """One optimizer step; returns the loss and whether the posterior took a record."""
         config, step = self.config, self.step
         rows = batch_indices(len(self.data), config.batch_size, step, config.seed)
-        x0 = self.data.images[rows]
-        timesteps = randint(len(self.schedule), len(x0), config.seed, step, stream=Stream.TIMESTEPS)
-        eps = standard_normal(x0.shape, config.seed, step, stream=Stream.IMAGE_NOISE)
+        x0 = self.data.images[rows].to(self.device)
+        timesteps = randint(len(self.schedule), len(x0), config.seed, step, stream=Stream.TIMESTEPS).to(self.device)
+        eps = standard_normal(x0.shape, config.seed, step, stream=Stream.IMAGE_NOISE, device=self.device)
         prediction = self.unet(self.schedule.add_noise(x0, eps, timesteps), timesteps).sample
         loss = (prediction - self.schedule.target(x0, eps, timesteps)).square().mean()
         for group in self.optimizer.param_groups:
@@ -191,10 +203,12 @@ class Pretraining:
         """Restore what `state_dict` gave."""
 
         def under(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+            # A state read from a file lies on the CPU.
+            return {name[len(prefix) :]: t.to(self.device) for name, t in state.items() if name.startswith(prefix)}
 
         self.unet.load_state_dict(under("unet."))
-        self.average = [state[f"average.{i}"] for i in range(len(self.average))]
+        average = under("average.")
+        self.average = [average[str(i)] for i in range(len(self.average))]
         for i, parameter in enumerate(self.unet.parameters()):
             self.optimizer.state[parameter] = dict(under(f"adam.{i}."))
         self.recorder.load_state_dict(under("recorder."))
@@ -223,7 +237,7 @@ def pretrain(
         on_step: called after each step with a dict of step, total, loss, images_per_second.
 
     Raises:
-        InputError: unusable settings or folder; a loss that is not finite (the last saved state is kept).
+        InputError: unusable settings, device or folder; a loss that is not finite (the last saved state is kept).
     """
     run = Pretraining(data, config)
     output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
@@ -264,6 +278,8 @@ def pretrain(
             if on_step is not None:
                 rate = config.batch_size * (run.step - first) / (time.perf_counter() - began)
                 on_step({"step": run.step, "total": run.total, "loss": loss, "images_per_second": rate})
+    except StoppedAtOnce:
+        raise  # in the middle of a step: the last save stands
     except KeyboardInterrupt:
         save_state()
         raise
@@ -286,6 +302,7 @@ def _finish(run: Pretraining, output: Path, data: ImageSet, seconds: float) -> N
         "parameters": sum(p.numel() for p in unet.parameters()),
         "seconds_of_last_run": seconds,
         "torch": torch.__version__,
+        "device": run.device.type,
         "threads": torch.get_num_threads(),
         "mean_loss_of_last_100_steps": sum(run.losses[-100:]) / len(run.losses[-100:]),
         "losses": [round(loss, 5) for loss in run.losses],

@@ -9,7 +9,7 @@ their float tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class StepConstants(NamedTuple):
         kl_weight: multiplies the KL in the objective.
         gradient_scale: multiplies the gradient of the weights, before the KL's is added.
         clip: multiplies the whole gradient of z.
-        noise_scale: std / prior_std where log_std is not learned; 0 evaluates the network at the mean.
+        noise_scale: std / prior_std where log_std is not learned; 0 writes the mean in any case.
     """
 
     learning_rate: float
@@ -123,15 +123,17 @@ def sample_whitened_weights(
 ) -> Tensor:
     """theta = center + prior_std (z + noise_scale n), or center + prior_std z + exp(log_std) n where that is given.
 
+    With noise_scale 0 it is the mean, center + prior_std z, in any case.
+
     z = (mean - center) / prior_std are whitened coordinates: the KL from N(center, prior_std^2) is ||z||^2 / 2 there.
     """
     dtype = z.dtype
     center, prior_std, z = _wide(center, prior_std, z)
+    if noise_scale == 0:
+        return (center + prior_std * z).to(dtype)
     if log_std is not None:
         noise = exponential(log_std.to(z.dtype)) * _weight_noise(z, seed, step, offset)
         return (center + prior_std * z + noise).to(dtype)
-    if noise_scale == 0:
-        return (center + prior_std * z).to(dtype)
     return (center + prior_std * (z + noise_scale * _weight_noise(z, seed, step, offset))).to(dtype)
 
 
@@ -150,8 +152,10 @@ def sample_whitened_weights_(
     """`sample_whitened_weights` over lists of tensors, into `out` of any dtype; `log_std` may be empty."""
     for k, target in enumerate(out):
         rho = log_std[k] if log_std else None
-        options: dict[str, Any] = {"log_std": rho, "noise_scale": noise_scale, "offset": offset}
-        target.copy_(sample_whitened_weights(center[k], prior_std[k], z[k], seed, step, **options))
+        sample = sample_whitened_weights(
+            center[k], prior_std[k], z[k], seed, step, log_std=rho, noise_scale=noise_scale, offset=offset
+        )
+        target.copy_(sample)
         offset += z[k].numel()
 
 
@@ -232,8 +236,8 @@ def saturate(
 ) -> Tensor:
     """A bounded stand-in for an error that is pushed up, [B]; rises with the error, and less and less.
 
-    "none" is the error itself; "hinge" min(error, limit), which lets go of a sample once its error has reached `limit`;
-    "npo" -(2 / beta) softplus(-beta (error - before)), whose pull fades smoothly (Zhang et al. 2024, negative
+    "none" is the error itself; "hinge" min(error, limit), which lets go of a sample once its error has reached
+    `limit`; "npo" -(2 / beta) softplus(-beta (error - before)), whose pull fades smoothly (Zhang et al. 2024, negative
     preference optimisation).
     """
     if saturation == "hinge":
@@ -242,7 +246,8 @@ def saturate(
     if saturation == "npo":
         assert beta is not None
         assert before is not None
-        return -2 / beta.to(error) * functional.softplus(-beta.to(error) * (error - before.to(error)))
+        beta = beta.to(error)
+        return -2 / beta * functional.softplus(-beta * (error - before.to(error)))
     return error
 
 
@@ -388,12 +393,11 @@ def variational_step_(
             kl = kl + (0.5 * z[j] * z[j] + (0.5 * torch.exp(2 * ratio) - ratio - 0.5)).double().sum()
         else:
             kl = kl + (0.5 * z[j] * z[j]).double().sum()
-        options: dict[str, Any] = {
-            "log_std": log_std[j] if log_std else None,
-            "noise_scale": k.noise_scale,
-            "offset": offset,
-        }
-        theta[j].copy_(sample_whitened_weights(center[j], prior_std[j], z[j], seed, next_draw, **options))
+        rho = log_std[j] if log_std else None
+        sample = sample_whitened_weights(
+            center[j], prior_std[j], z[j], seed, next_draw, log_std=rho, noise_scale=k.noise_scale, offset=offset
+        )
+        theta[j].copy_(sample)
         offset += z[j].numel()
     return torch.stack([kl, squared])
 

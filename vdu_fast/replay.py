@@ -7,6 +7,8 @@ term needs neither real data nor a copy of the old network. A bank belongs to on
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,12 @@ from torch import Tensor
 
 from vdu_fast.checkpoint import fingerprint, load_tensors, save_tensors
 from vdu_fast.errors import InputError
+from vdu_fast.memory import available_memory
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.rng import Stream, batch_indices, randint, random_words
 from vdu_fast.sampling import sample_images
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,6 +81,29 @@ class ReplayBank:
             )
 
 
+def bank_bytes(sample_shape: tuple[int, ...], count: int, states: int) -> int:
+    """Memory of a bank of `count` trajectories: the image, and float32 x_t and prediction of every kept state."""
+    return 4 * count * (1 + 2 * states) * math.prod(sample_shape)
+
+
+def check_memory(sample_shape: tuple[int, ...], count: int, states: int) -> None:
+    """InputError when a bank is larger than the memory that is free, a warning when it fills more than half of it.
+
+    Filtering copies what it keeps, so that for a while there can be two.
+    """
+    needed, free = bank_bytes(sample_shape, count, states), available_memory()
+    if free is None or 2 * needed <= free:
+        return
+    text = (
+        f"a replay bank of {count} images {tuple(sample_shape)} with {states} states each takes "
+        f"{needed / 2**30:.1f} GiB of memory, up to twice that while it is filtered, and {free / 2**30:.1f} GiB are "
+        f"free. Lower --replay_samples (now {count}) or --replay_states (now {states}), which it grows with."
+    )
+    if needed > free:
+        raise InputError(text)
+    logger.warning(text)
+
+
 def build_bank(
     denoiser: Denoiser,
     count: int,
@@ -120,6 +148,7 @@ def build_bank(
         seed=seed,
         batch_size=batch_size,
         first=first,
+        stream=Stream.BANK,
         observer=keep,
         progress=progress,
     )

@@ -54,7 +54,7 @@ def write_report(
         output: folder, created when missing.
         settings: of the unlearning run; nested dictionaries and dataclasses are fine.
         seed: of the unlearning run (that of the evaluation's samples is in its metrics).
-        seconds: wall-clock times, `unlearn` and `total` among them.
+        seconds: wall-clock times; `unlearn` (with its bank and filter) and `total` have a place on the page.
         history: one dictionary per step, with `step` and any of `loss`, `forget_ratio`, `forget_loss`, `penalty` and
             `replay_loss`. Without it there is no losses.png, and the page says why.
         versions: of the software; None looks them up.

@@ -45,6 +45,7 @@ class Stream(IntEnum):
     FISHER = 7
     PROBE = 8
     SPLIT = 9
+    BANK = 10  # not SAMPLER: a bank and an evaluation of one seed must not start from the same noise
 
 
 def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vdu_fast.errors import InputError
+from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import Denoiser
-from vdu_fast.rng import Stream, standard_normal
+from vdu_fast.rng import Stream
 
 # Called after every network evaluation with (sample indices, schedule indices [B], x_t, prediction).
 StepObserver = Callable[[slice, Tensor, Tensor, Tensor], None]
@@ -23,7 +24,10 @@ def sampler_for(denoiser: Denoiser, steps: int) -> Any:
 
     schedule, scheduler = denoiser.schedule, denoiser.scheduler
     if not 1 <= steps <= len(schedule):
-        raise InputError(f"sampler steps must be between 1 and the model's {len(schedule)} timesteps, got {steps}.")
+        raise InputError(
+            f"sampler steps must be between 1 and the model's {len(schedule)} timesteps, got {steps}; change "
+            "--sampler_steps."
+        )
     if schedule.prediction_type == "velocity":
         given = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         sampler: Any = copy.deepcopy(scheduler) if given else FlowMatchEulerDiscreteScheduler(len(schedule))
@@ -54,6 +58,7 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 250,
     first: int = 0,
+    stream: Stream = Stream.SAMPLER,
     observer: StepObserver | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -69,6 +74,7 @@ def sample_images(
         seed: chooses the starting noise.
         batch_size: images per network call.
         first: number of the first image.
+        stream: what the images are for; equal seeds of two streams start from unlike noise.
         observer: sees every (x_t, prediction) on the way.
         progress: called with the number of images finished after each batch.
 
@@ -82,7 +88,7 @@ def sample_images(
             rows = slice(start, min(start + batch_size, count))
             shape = (rows.stop - rows.start, *denoiser.sample_shape)
             offset = (first + start) * numel
-            x_t = standard_normal(shape, seed, stream=Stream.SAMPLER, offset=offset).to(denoiser.device, denoiser.dtype)
+            x_t = standard_normal(shape, seed, stream=stream, offset=offset).to(denoiser.device, denoiser.dtype)
             x_0 = _denoise(denoiser, sampler_for(denoiser, steps), x_t, rows, observer)
             images[rows] = x_0.float().cpu().clamp_(-1, 1)
             if progress is not None:
@@ -93,7 +99,8 @@ def sample_images(
 def _denoise(denoiser: Denoiser, sampler: Any, x_t: Tensor, rows: slice, observer: StepObserver | None) -> Tensor:
     flow = denoiser.schedule.prediction_type == "velocity"
     for timestep in sampler.timesteps:
-        index = timestep.round().long() - 1 if flow else timestep
+        # A shift below 1 crowds the last steps at the clean end, where a timestep may round to 0: before the first.
+        index = (timestep.round().long() - 1).clamp(min=0) if flow else timestep
         timesteps = index.to(x_t.device).expand(len(x_t))
         prediction = denoiser.predict(x_t, timesteps)
         if observer is not None:

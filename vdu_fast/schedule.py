@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vdu_fast import ops
 from vdu_fast.errors import InputError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "velocity"]
@@ -77,6 +78,23 @@ class NoiseSchedule:
         """x_t [B, ...] from x_0 [B, ...], eps of the same shape and timesteps int64 [B]."""
         signal, noise = self.coefficients(timesteps, x0)
         return signal * x0 + noise * eps
+
+    def mix_noise(self, x0: Tensor, timesteps: Tensor, seed: int, step: int) -> Tensor:
+        """x_t [B, ...] with the noise that `ops.noise_prediction_loss` draws again from (seed, step)."""
+        index = timesteps.cpu()
+        return ops.mix_noise(x0, self.signal[index].to(x0.device), self.noise[index].to(x0.device), seed, step)
+
+    def regenerated_target(self, x0: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        """`target` as the arguments of `ops.noise_prediction_loss`, which draws eps again instead of being given it."""
+        if self.prediction_type == "epsilon":
+            return {}
+        if self.prediction_type == "sample":
+            return {"target": x0}
+        if self.prediction_type == "velocity":
+            ones = torch.ones(len(x0), dtype=torch.float64, device=x0.device)
+            return {"target": x0, "signal": -ones, "noise": ones}
+        index = timesteps.cpu()
+        return {"target": x0, "signal": -self.noise[index].to(x0.device), "noise": self.signal[index].to(x0.device)}
 
     def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict for (x_0, eps, timesteps)."""

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdu_fast.checkpoint import fingerprint, load_tensors, prepare_output, save_tensors, write_json_atomic
+from vdu_fast.checkpoint import (
+    StoppedAtOnce,
+    fingerprint,
+    load_tensors,
+    prepare_output,
+    save_tensors,
+    write_json_atomic,
+)
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet, check_fits
 from vdu_fast.errors import InputError
@@ -27,13 +34,14 @@ from vdu_fast.filters import (
 )
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.replay import ReplayBank, build_bank
+from vdu_fast.replay import ReplayBank, build_bank, check_memory
 from vdu_fast.unlearning import UnlearningRun, check_run
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "resume/unlearn.safetensors"
 BANK_FILE = "resume/bank.safetensors"
+LAST_GOOD = "last-good"
 
 OnStep = Callable[[dict[str, Any]], None]
 OnSample = Callable[[int], None]
@@ -50,7 +58,7 @@ class UnlearnResult:
         history: one record per step.
         filter_report: what the filter kept and dropped, or None without a bank.
         bank: how many images the unfiltered bank had and what it was made with, or None.
-        seconds: of "bank", "filter", "unlearn".
+        seconds: of "bank", "filter" and "steps", and their sum "unlearn"; those of an interrupted part are in them.
         config: the settings used.
     """
 
@@ -228,6 +236,13 @@ def _check_replay(
             f"replay_samples {config.replay_samples} is fewer than replay_batch_size {config.replay_batch_size}. "
             "Raise the one or lower the other."
         )
+    if bank is None or not (isinstance(bank, ReplayBank) or Path(bank).is_file()):
+        if config.replay_sampler_steps > (total := len(job.denoiser.schedule)):
+            raise InputError(
+                f"replay_sampler_steps {config.replay_sampler_steps} is more than the model's {total} timesteps; pass "
+                f"--replay_sampler_steps {total} or less."
+            )
+        check_memory(job.denoiser.sample_shape, config.replay_samples, config.replay_states)
     if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
         raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
     if config.bank_filter == "positive_unlabelled":
@@ -247,7 +262,13 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
         job.observers.say(f"using the replay bank in {path}: {len(existing)} images, {existing.made_from}")
         return existing
     job.observers.say(f"drawing {config.replay_samples} images from the model for the replay bank")
-    made = build_bank(job.denoiser, config.replay_samples, progress=job.observers.on_sample, **how)
+    made = build_bank(
+        job.denoiser,
+        config.replay_samples,
+        batch_size=config.inference_batch_size,
+        progress=job.observers.on_sample,
+        **how,
+    )
     job.seconds["bank"] = time.perf_counter() - began
     if path is not None:
         made.save(path)
@@ -258,17 +279,18 @@ def _filter_bank(
     job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
     config, began = job.config, time.perf_counter()
+    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
     if config.bank_filter == "classifier":
         assert classifier is not None
         assert forget_label is not None
-        keep, report = classifier_filter(bank.images, classifier, forget_label, max_dropped=config.max_dropped)
+        keep, report = classifier_filter(bank.images, classifier, forget_label, **how)
     elif config.bank_filter == "positive_unlabelled":
         keep, report = positive_unlabelled_filter(
             job.denoiser,
             bank.images,
             job.images,
             feature_module=config.feature_module,
-            max_dropped=config.max_dropped,
+            **how,
         )
     else:
         keep, report = torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
@@ -288,6 +310,7 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
     config = job.config
     state_file = job.output / STATE_FILE if job.output is not None else None
     identity = _identity(run, job)
+    seconds, earlier = job.seconds, 0.0
     if resume:
         assert state_file is not None
         state, metadata = load_tensors(state_file)
@@ -297,10 +320,14 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
                 "same ones, or start anew with --overwrite."
             )
         run.load_state_dict(state)
+        spent = json.loads(metadata["seconds"])
+        earlier = spent.pop("steps")
+        seconds |= {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
 
     def save() -> None:
+        seconds["steps"] = earlier + time.perf_counter() - began
         if state_file is not None:
-            save_tensors(state_file, run.state_dict(), {"identity": identity})
+            save_tensors(state_file, run.state_dict(), {"identity": identity, "seconds": json.dumps(seconds)})
 
     began, first = time.perf_counter(), run.step_number
     reason = run.stop_reason() if run.history else None
@@ -316,6 +343,8 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
                 per_step = config.batch_size * config.accumulate * config.samples_per_step
                 rate = per_step * (run.step_number - first) / (time.perf_counter() - began)
                 job.observers.on_step(record | {"total": config.steps, "images_per_second": rate})
+    except StoppedAtOnce:
+        raise  # in the middle of a step: the last save stands
     except KeyboardInterrupt:
         save()
         raise
@@ -323,9 +352,10 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
         if job.output is None:
             raise
         run.write_mean()
-        _write_model(job, job.output / "last-good")
-        raise InputError(f"{error} The weights before it are in {job.output / 'last-good'}.") from error
-    job.seconds["unlearn"] = time.perf_counter() - began
+        _write_model(job, job.output / LAST_GOOD)
+        raise InputError(f"{error} The weights before it are in {job.output / LAST_GOOD}.") from error
+    seconds["steps"] = earlier + time.perf_counter() - began
+    seconds["unlearn"] = sum(seconds.values())
     return reason
 
 
@@ -344,11 +374,12 @@ def _write(result: UnlearnResult, job: _Job) -> None:
     _write_model(job, job.output)
     record = result.record() | {"weights": fingerprint(job.denoiser.module), "forget_images": len(job.images)}
     write_json_atomic(job.output / "unlearn.json", record)
-    shutil.rmtree(job.output / "resume", ignore_errors=True)
+    for stale in ("resume", LAST_GOOD):
+        shutil.rmtree(job.output / stale, ignore_errors=True)
 
 
 def _write_model(job: _Job, folder: Path) -> None:
     if isinstance(job.model, nn.Module):
-        save_tensors(folder / "model.safetensors", job.model.state_dict())
+        save_tensors(folder / "model.safetensors", job.denoiser.module.state_dict())
     else:
         save_pipeline(job.model, folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdu_fast import ops
 from vdu_fast.arena import Arena, select_parameters
 from vdu_fast.checkpoint import uninterrupted
 from vdu_fast.config import UnlearnConfig
@@ -20,7 +21,7 @@ from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.probe import NoisePredictionProbe, ReplayProbe, error_curve
 from vdu_fast.replay import ReplayBank
-from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
+from vdu_fast.rng import Stream, batch_indices, randint
 
 
 def check_run(denoiser: Denoiser, posterior: GaussianPosterior, config: UnlearnConfig) -> None:
@@ -65,22 +66,42 @@ class UnlearningRun:
         # Dropout would draw from a generator that no resumed run can restore.
         self._training = denoiser.module.training
         denoiser.module.eval()
+        try:
+            self._measure_start(posterior, retained_images)
+        except BaseException:
+            # Nobody gets this object then, so nobody else could give the module back.
+            self.release()
+            raise
+
+    def _measure_start(self, posterior: GaussianPosterior, retained_images: Tensor | None) -> None:
+        """Put q's mean into the network, and measure there what the run is later compared with."""
+        config, denoiser = self.config, self.denoiser
         self.weights = self._variational_weights(posterior)
+        self._in_network: int | str | None = None  # "mean", or the draw whose weights the network holds
+        several = config.samples_per_step * config.accumulate > 1
+        self._gradient_sum = torch.zeros_like(self.weights.z) if several else None
+        self._noise_gradient_sum = torch.zeros_like(self.weights.z) if several and config.learn_std else None
         self._scales()
-        probe: dict[str, Any] = {"size": config.check_size, "seed": config.seed, "weights": self.timestep_weights}
-        self.forget_probe = NoisePredictionProbe(denoiser, forget_images, window=self.window, **probe)
-        self.replay_probe = ReplayProbe(denoiser, bank, **probe) if bank is not None else None
+        probe: dict[str, Any] = {
+            "size": config.check_size,
+            "seed": config.seed,
+            "weights": self.timestep_weights,
+            "batch_size": config.inference_batch_size,
+        }
+        self.forget_probe = NoisePredictionProbe(denoiser, self.images, window=self.window, **probe)
+        self.replay_probe = ReplayProbe(denoiser, self.bank, **probe) if self.bank is not None else None
         self.retained_probe = (
             NoisePredictionProbe(denoiser, retained_images, **probe) if retained_images is not None else None
         )
         self.write_mean()
         self.start_error = float(self.forget_probe.error().mean())
-        self.start_curve = error_curve(denoiser, forget_images, **(probe | {"size": 4 * config.check_size}))
+        self.start_curve = error_curve(denoiser, self.images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
         self.step_number = 0
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, int, Tensor] | None = None
-        self._last_good = self.weights.z.clone()  # the last z at which a finite loss was seen
+        # The step of the last measurement and its z; none before the first, when z is 0.
+        self._last_good: tuple[int, Tensor | None] = (0, None)
 
     def _variational_weights(self, posterior: GaussianPosterior) -> VariationalWeights:
         config = self.config
@@ -110,56 +131,81 @@ class UnlearningRun:
         """One optimizer step, which Ctrl-C cannot cut in two; returns what it measured.
 
         Raises:
-            InputError: a loss or gradient is not finite; the last weights that gave a finite loss are kept.
+            InputError: a loss, gradient or measurement is not finite; the last weights that were measured are kept.
         """
         with uninterrupted():
             return self._step()
 
     def _step(self) -> dict[str, float]:
-        config = self.config
-        grad_z = torch.zeros_like(self.weights.z)
-        grad_std = torch.zeros_like(grad_z) if self.weights.log_std is not None else None
-        kl = float(self.weights.kl())
-        forgetting = config.trust_region is None or kl / self.arena.numel < config.trust_region
+        config, weights = self.config, self.weights
+        kl_before = weights.kl
+        forgetting = config.trust_region is None or kl_before / self.arena.numel < config.trust_region
         totals: dict[str, float] = {}
         passes = config.samples_per_step * config.accumulate
-        for number in range(passes):
-            draw = self.step_number * passes + number
-            self._write(self.weights.sample(config.seed, draw))
-            losses, grad = self._network_gradient(draw, forgetting=forgetting)
+        first_draw = self.step_number * passes
+        for draw in range(first_draw, first_draw + passes):
+            self._put(draw)
+            losses = self._network_gradient(draw, forgetting=forgetting)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value / passes
-            grad_z.add_(self.weights.whitened_gradient(grad, self.kl_weight), alpha=1 / passes)
-            if grad_std is not None:
-                gradient = self.weights.std_gradient(grad, self.kl_weight, config.seed, draw)
-                grad_std.add_(gradient, alpha=1 / passes)
-        totals["loss"] += self.kl_weight * kl
-        norm = self.weights.gradient_norm(grad_z)
-        if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
-            raise self._not_finite(f"the loss became {totals['loss']} (gradient norm {norm})", self.step_number + 1)
-        self._last_good.copy_(self.weights.z)
-        if config.max_gradient_norm is not None and norm > config.max_gradient_norm:
-            grad_z.mul_(config.max_gradient_norm / norm)
-        self.weights.step(grad_z, grad_std, scale=self._annealing())
+            self._collect_gradient(draw, passes)
+        totals["loss"] += self.kl_weight * kl_before
+        self._check_finite("loss", totals["loss"])
+        norm = self._move(draw, first_draw + passes)
+        self._check_finite("gradient norm", norm)
         self.step_number += 1
-        record = {"step": float(self.step_number), **totals, "penalty": kl / self.arena.numel, "gradient_norm": norm}
+        penalty = kl_before / self.arena.numel
+        record = {"step": float(self.step_number), **totals, "penalty": penalty, "gradient_norm": norm}
         if self.step_number % config.check_every == 0 or self.step_number == config.steps:
             checked = self._check()
-            if not all(math.isfinite(value) for value in checked.values()):
-                self.step_number -= 1
-                raise self._not_finite(f"the measurements on the fixed batch became {checked}", self.step_number + 1)
+            for name, value in checked.items():
+                self._check_finite(f"{name} on the fixed batch", value)
+            self._last_good = (self.step_number, weights.z.clone())
             record |= checked
         self.history.append(record)
         return record
 
-    def _not_finite(self, what: str, step: int) -> InputError:
-        """Go back to the last weights that gave a finite loss, and the error that says so."""
+    def _collect_gradient(self, draw: int, passes: int) -> None:
+        """Add the gradient in the arena to the average over the passes of a step, where there are several."""
+        if self._gradient_sum is None:
+            return
+        if draw % passes == 0:
+            self._gradient_sum.zero_()
+        self._gradient_sum.add_(self.arena.grad, alpha=1 / passes)
+        if self._noise_gradient_sum is not None:
+            if draw % passes == 0:
+                self._noise_gradient_sum.zero_()
+            ops.add_noise_gradient_(self._noise_gradient_sum, self.arena.grad, self.config.seed, draw, scale=1 / passes)
+
+    def _move(self, draw: int, next_draw: int) -> float:
+        """One step of q, which leaves the weights of the next draw in the network; returns the gradient norm."""
+        config, weights = self.config, self.weights
+        grad = self.arena.grad if self._gradient_sum is None else self._gradient_sum
+        clip = 1.0
+        if config.max_gradient_norm is not None:
+            norm = weights.gradient_norm(grad, self.kl_weight)
+            self._check_finite("gradient norm", norm)
+            clip = min(1.0, config.max_gradient_norm / max(norm, 1e-30))
+        norm = weights.step_(
+            self.arena.theta, grad, kl_weight=self.kl_weight, seed=config.seed, draw=draw, next_draw=next_draw,
+            noise_grad=self._noise_gradient_sum, scale=self._annealing(), clip=clip,
+        )  # fmt: skip
+        self._in_network = "mean" if config.family == "mean_only" else next_draw
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Go back to the last weights that were measured and found good, and say so, if `value` is not finite."""
+        if math.isfinite(value):
+            return
+        self.step_number = len(self.history)
         # Not to the present ones: they are what the loss is no longer finite at.
-        self.weights.z.copy_(self._last_good)
+        step, z = self._last_good
+        self.weights.z.zero_() if z is None else self.weights.z.copy_(z)
+        self._in_network = None
         self.write_mean()
-        return InputError(
-            f"{what} at step {step}; the last weights with a finite loss are kept. Lower learning_rate, or bound the "
-            "forget term with saturation 'hinge'."
+        raise InputError(
+            f"the {what} became {value} at step {self.step_number + 1}; the weights of step {step}, the last that were "
+            "measured and finite, are kept. Lower learning_rate, or bound the forget term with saturation 'hinge'."
         )
 
     def _annealing(self) -> float:
@@ -167,58 +213,68 @@ class UnlearningRun:
         falling = self.config.anneal * self.config.steps
         return min(1.0, (self.config.steps - self.step_number) / falling) if falling > 0 else 1.0
 
-    def _network_gradient(self, draw: int, *, forgetting: bool) -> tuple[dict[str, float], Tensor]:
-        """Losses and dL/dtheta of the terms that pass through the network, at the weights in the arena."""
+    def _network_gradient(self, draw: int, *, forgetting: bool) -> dict[str, float]:
+        """Losses of the terms that pass through the network at the weights in the arena, whose gradient they leave."""
         config, device = self.config, self.denoiser.device
-        x_t, timesteps, target = self._forget_batch(draw)
+        x0, x_t, timesteps = self._forget_batch(draw)
         forget = len(x_t)
+        replay_target = None
         if self.bank is not None:
             # One network call for both halves: at these sizes a call costs more than its samples.
-            replay = tuple(v.to(device) for v in self.bank.batch(config.replay_batch_size, draw, config.seed))
-            x_t, timesteps, target = (torch.cat(pair) for pair in zip((x_t, timesteps, target), replay, strict=True))
+            replayed = self.bank.batch(config.replay_batch_size, draw, config.seed)
+            replay_x_t, replay_timesteps, replay_target = (v.to(device) for v in replayed)
+            x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
         weight = self.timestep_weights[timesteps.cpu()].to(device, torch.float32)
-        reference = None
-        if config.saturation == "npo":
-            reference = self._reference_error(x_t[:forget], timesteps[:forget], target[:forget], weight[:forget])
+        batch = (x0, x_t[:forget], timesteps[:forget], weight[:forget])
+        reference = self._reference_error(draw, *batch) if config.saturation == "npo" else None
         self.arena.zero_grad()
-        error = per_sample_error(self._predict(x_t, timesteps), target, weight)
+        prediction = self._predict(x_t, timesteps)
+        error = self._forget_error(prediction[:forget], draw, *batch)
         before = self.start_curve[timesteps[:forget]]
         ascent = ascent_loss(
-            error[:forget],
+            error,
             config.saturation,
             limit=config.hinge_ratio * before,
             beta=config.npo_beta / before,
             reference=reference,
         )
         loss = (1 - config.gamma) * self.forget_scale * ascent if forgetting else 0 * ascent
-        measured = {"forget_loss": float(error[:forget].detach().mean())}
-        if self.bank is not None:
-            distance = error[forget:].mean()
+        measured = {"forget_loss": float(error.detach().mean())}
+        if replay_target is not None:
+            distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
             loss = loss + config.replay_weight * self.replay_scale * distance
             measured["replay_loss"] = float(distance.detach())
         loss.backward()
-        return {"loss": float(loss.detach()), **measured}, self.arena.grad.to(self.arena.state_dtype)
+        return {"loss": float(loss.detach()), **measured}
+
+    def _forget_error(
+        self, prediction: Tensor, draw: int, x0: Tensor, x_t: Tensor, timesteps: Tensor, weight: Tensor
+    ) -> Tensor:
+        mixed = self.denoiser.schedule.regenerated_target(x0, timesteps)
+        return per_sample_error(
+            prediction, mixed.pop("target", None), weight, seed=self.config.seed, draw=draw, **mixed
+        )
 
     def _predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.denoiser.predict(x_t, timesteps)
 
     def _forget_batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
-        config, schedule, device = self.config, self.denoiser.schedule, self.denoiser.device
+        """x_0, x_t and timesteps; the noise in x_t is that of (seed, draw), which the loss draws again."""
+        config, device = self.config, self.denoiser.device
         rows = batch_indices(len(self.images), config.batch_size, draw, config.seed)
         x0 = self.images[rows].to(device)
         low, high = self.window
         timesteps = randint(high, len(x0), config.seed, draw, low=low, stream=Stream.TIMESTEPS).to(device)
-        eps = standard_normal(x0.shape, config.seed, draw, stream=Stream.IMAGE_NOISE, device=device)
-        return schedule.add_noise(x0, eps, timesteps), timesteps, schedule.target(x0, eps, timesteps)
+        return x0, self.denoiser.schedule.mix_noise(x0, timesteps, config.seed, draw), timesteps
 
-    def _reference_error(self, x_t: Tensor, timesteps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def _reference_error(self, draw: int, x0: Tensor, x_t: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
         """The errors of the model before unlearning, by putting mu* into the arena for one call."""
-        now = self.arena.theta.clone()
-        self._write(self.weights.center)
         with torch.no_grad():
-            error = per_sample_error(self._predict(x_t, timesteps), target, weight)
-        self._write(now)
+            self.arena.theta.copy_(self.weights.center)
+            error = self._forget_error(self._predict(x_t, timesteps), draw, x0, x_t, timesteps, weight)
+        self._in_network = None
+        self._put(draw)
         return error
 
     def _check(self) -> dict[str, float]:
@@ -228,7 +284,7 @@ class UnlearningRun:
         error = self.forget_probe.error()
         checked = {"forget_ratio": float(error.mean()) / self.start_error}
         bounded = torch.minimum(error, config.hinge_ratio * self.start_curve[self.forget_probe.timesteps]).mean()
-        objective = -(1 - config.gamma) * self.forget_scale * float(bounded) + self.kl_weight * float(self.weights.kl())
+        objective = -(1 - config.gamma) * self.forget_scale * float(bounded) + self.kl_weight * self.weights.kl
         if self.replay_probe is not None:
             checked["replay_check"] = float(self.replay_probe.error().mean())
             objective += config.replay_weight * self.replay_scale * checked["replay_check"]
@@ -249,13 +305,19 @@ class UnlearningRun:
             return f"all {config.steps} steps done"
         return None
 
-    def _write(self, weights: Tensor) -> None:
-        with torch.no_grad():
-            self.arena.theta.copy_(weights)
+    def _put(self, draw: int) -> None:
+        """Put the weights of a draw into the network, unless they are there."""
+        if self.config.family == "mean_only":
+            self.write_mean()
+        elif self._in_network != draw:
+            self.weights.sample_(self.arena.theta, self.config.seed, draw)
+            self._in_network = draw
 
     def write_mean(self) -> None:
-        """Put the mean of q into the network."""
-        self._write(self.weights.mean)
+        """Put the mean of q into the network, unless it is there."""
+        if self._in_network != "mean":
+            self.weights.mean_(self.arena.theta)
+            self._in_network = "mean"
 
     def finish(self) -> int:
         """Leave the final (or, with rollback, the best) mean in the network; returns the step it is from."""
@@ -263,6 +325,7 @@ class UnlearningRun:
         if self.config.rollback and self.best is not None:
             _, step, z = self.best
             self.weights.z.copy_(z)
+            self._in_network = None
         self.write_mean()
         self.release()
         return step
@@ -285,8 +348,9 @@ class UnlearningRun:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
         self.weights.load_state_dict(state)
-        self._last_good.copy_(self.weights.z)
+        self._in_network = None
         self.step_number = int(state["step"])
+        self._last_good = (self.step_number, self.weights.z.clone())
         self.history = json.loads(bytes(state["history"].tolist()))
         if "best" in state:
             objective, step = state["best"].tolist()

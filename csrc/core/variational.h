@@ -22,7 +22,7 @@ struct StepConstants {
   T kl_weight;          // multiplies the divergence in the objective
   T gradient_scale;     // multiplies the gradient with respect to the weights, before the divergence's is added
   T clip;               // multiplies the whole gradient
-  T noise_scale;        // std = noise_scale * prior_std where log_std is not learned; 0 evaluates at the mean
+  T noise_scale;        // std = noise_scale * prior_std where log_std is not learned; 0 writes the mean in any case
 };
 constexpr int kStepConstants = 13;
 

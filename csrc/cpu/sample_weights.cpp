@@ -56,8 +56,8 @@ Tensor sample_weights_backward(Tensor grad, Tensor log_std, Tensor seed, Tensor 
   return out;
 }
 
-// out = center + prior_std z + std n, where std = exp(log_std), or noise_scale prior_std if log_std is empty. Without
-// log_std and with noise_scale 0 no noise is drawn.
+// out = center + prior_std z + std n, where std = exp(log_std), or noise_scale prior_std if log_std is empty. With
+// noise_scale 0 no noise is drawn: the mean.
 void sample_whitened_weights_(Tensors out, Tensors center, Tensors prior_std, Tensors z, Tensors log_std, Tensor seed,
                               Tensor step, double noise_scale, int64_t offset) {
   const auto numels = numels_of(out);
@@ -66,7 +66,7 @@ void sample_whitened_weights_(Tensors out, Tensors center, Tensors prior_std, Te
   check_same_sizes(numels, z, "z");
   check_same_sizes(numels, log_std, "log_std", true);
   const Draw draw = draw_of(seed, step, kWeightsStream);
-  const bool noisy = !log_std.empty() || noise_scale != 0;
+  const bool noisy = noise_scale != 0;
   with_compute_type(is_wide(z), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();

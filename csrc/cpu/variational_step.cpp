@@ -47,7 +47,7 @@ Tensor variational_step_(Tensors theta, Tensors grad, Tensors center, Tensors pr
                   "log_std, std_first and std_second go together");
   const auto k = constants_of(constants);
   const Draw now = draw_of(seed, draw, kWeightsStream), next = draw_of(seed, next_draw, kWeightsStream);
-  const bool learned = !log_std.empty(), noisy = learned || k[kNoiseScale] != 0;
+  const bool learned = !log_std.empty(), noisy = k[kNoiseScale] != 0;
   const auto sums = with_compute_type(is_wide(z), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();

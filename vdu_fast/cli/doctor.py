@@ -27,6 +27,8 @@ def run(arguments: Namespace, command: list[str]) -> int:
     console = Console(highlight=False)
     _print_pairs(console, "versions", doctor.versions())
     _print_pairs(console, "devices", doctor.devices())
+    if build := doctor.build():
+        _print_pairs(console, "native code", build)
     _print_routes(console)
     checks = doctor.checks()
     table = _table("checks")

@@ -68,6 +68,9 @@ def run(arguments: Namespace, command: list[str]) -> int:
     began = time.perf_counter()
     if files.classifier is not None and Path(files.classifier).is_dir():
         raise InputError(f"--classifier {files.classifier} is a folder; name a .safetensors file in it.")
+    for flag in ("before", "after"):
+        if Path(files.output).resolve() == Path(getattr(files, flag)).resolve():
+            raise InputError(f"--output {files.output} is --{flag} itself; name another folder for the report.")
     output = prepare_output(files.output, overwrite=files.overwrite)
     with running(take(CommonOptions, arguments)) as display:
         before, after = (
@@ -87,7 +90,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
         evaluation=evaluation,
         settings=unlearned.get("settings", {}) | {"evaluation": asdict(config)},
         seed=unlearned.get("settings", {}).get("seed", config.seed),
-        seconds=seconds | {"total": sum(seconds.values())},
+        seconds=seconds | {"total": seconds.get("unlearn", 0.0) + seconds["evaluate"]},
         history=unlearned.get("history"),
     )
     print_summary(metrics, Console())

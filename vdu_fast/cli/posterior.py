@@ -13,7 +13,7 @@ from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, ta
 from vdu_fast.cli.runtime import running
 from vdu_fast.errors import InputError
 from vdu_fast.fisher import fisher_posterior
-from vdu_fast.pipelines import denoiser_of, load_pipeline
+from vdu_fast.pipelines import denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior, RunningMoments, check_enough
 from vdu_fast.progress import ProgressDisplay
 
@@ -28,12 +28,14 @@ class PosteriorFiles:
         output: the .safetensors file to write.
         fisher: use the diagonal Fisher information of one model instead of checkpoints.
         model: with --fisher, the pipeline folder.
+        device: with --fisher, where the model runs; "auto" takes CUDA where there is one.
         overwrite: replace the output file.
     """
 
     output: str
     fisher: bool = False
     model: str | None = None
+    device: str = "auto"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -130,6 +132,7 @@ def _from_checkpoints(paths: list[Path], arguments: Namespace, display: Progress
 def _from_model(files: PosteriorFiles, arguments: Namespace, display: ProgressDisplay) -> GaussianPosterior:
     assert files.model is not None
     denoiser = denoiser_of(load_pipeline(files.model))
+    denoiser.module.to(pick_device(files.device, denoiser.module))
     display.say(f"drawing {arguments.draws} images from the model, then as many gradients")
     done = 0
 

@@ -71,7 +71,7 @@ def load_forget_images(data: str, *, resize: int | None, channels: int | None) -
 class Interruption:
     """Turns the first Ctrl-C into a KeyboardInterrupt at the next `poll`, between steps, so that no step is torn.
 
-    A second Ctrl-C interrupts at once. Use as a context manager.
+    A second Ctrl-C interrupts at once; what was saved last then stands. Use as a context manager.
     """
 
     def __init__(self, display: ProgressDisplay) -> None:

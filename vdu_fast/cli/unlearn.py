@@ -14,9 +14,10 @@ from vdu_fast.classifier import ImageClassifier
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
 from vdu_fast.cli.runtime import Interruption, load_forget_images, report_interruption, running
 from vdu_fast.config import UnlearnConfig
+from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import load_pipeline
-from vdu_fast.progress import unlearning_observers
+from vdu_fast.progress import ProgressDisplay, unlearning_observers
 from vdu_fast.unlearner import STATE_FILE, UnlearnResult, unlearn
 
 
@@ -28,7 +29,8 @@ class UnlearnFiles:
         model: pipeline folder of the trained model; it is only read.
         posterior: posterior file, from `vdu-fast pretrain` or `vdu-fast posterior`.
         forget: pictures of what must go: "digits:3", a folder of pictures, a folder of class sub-folders, an IDX folder
-            or an .npz, the last three with ":CLASS" at the end. Of labelled data the training split is used.
+            or an .npz, the last three with ":CLASS" at the end: without it every class in them goes. Of labelled data
+            the training split is used.
         output: folder for the new pipeline and unlearn.json.
         bank: replay bank file; read when it exists, otherwise made and written there for the next request.
         filter_classifier: with --bank_filter classifier, the classifier's file (`vdu-fast evaluate --classifier` writes
@@ -81,6 +83,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
             pipeline = load_pipeline(files.model)
             images = load_forget_images(files.forget, resize=files.resize, channels=files.image_channels)
             display.say(f"forgetting what {len(images)} images of {files.forget} show")
+            _warn_of_several_classes(images, display)
             result = unlearn(
                 pipeline,
                 images,
@@ -99,6 +102,18 @@ def run(arguments: Namespace, command: list[str]) -> int:
     _record_inputs(files, classifier)
     _print_result(files, result)
     return 0
+
+
+def _warn_of_several_classes(images: ImageSet, display: ProgressDisplay) -> None:
+    """Whoever names a whole data set forgets all of it, which is seldom meant and leaves little to keep."""
+    if images.labels is None or len(found := images.labels.unique().tolist()) < 2:
+        return
+    names = [images.class_names[label] for label in found]
+    shown = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+    display.warn(
+        f"--forget {images.name} holds the classes {shown}, and all of them will be forgotten. To forget one, name it "
+        f"after a colon: --forget {images.name}:{names[0]}"
+    )
 
 
 def _filter_classifier(files: UnlearnFiles, config: UnlearnConfig) -> tuple[ImageClassifier | None, int | None]:
