@@ -11,6 +11,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include "blocks.h"
 
 namespace vdu {
@@ -50,11 +54,36 @@ inline size_t tensor_of(const std::vector<int64_t>& starts, int64_t element) {
   return static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), element) - starts.begin()) - 1;
 }
 
+// Results of at least this many bytes go around the caches: they would be evicted before anyone reads them, and a store
+// that goes through the cache first fetches the line that it is about to overwrite.
+constexpr int64_t kStreamedBytes = 32 << 20;
+
+// memcpy of a multiple of 16 bytes to an address that is one, around the caches where the processor can.
+inline void copy_around_caches(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+  auto* target = static_cast<__m128i*>(to);
+  const auto* source = static_cast<const __m128i*>(from);
+  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+// Makes what copy_around_caches wrote visible to other threads, before they are told that it is there.
+inline void finish_copies() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T, size_t N>
 class Stream {
  public:
   Stream(const Isa& isa, std::vector<int64_t> starts, std::array<Operand, N> operands)
-      : isa_(isa), starts_(std::move(starts)), operands_(std::move(operands)) {}
+      : isa_(isa),
+        starts_(std::move(starts)),
+        operands_(std::move(operands)),
+        around_caches_(numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes) {}
 
   int64_t numel() const { return starts_.back(); }
 
@@ -72,16 +101,18 @@ class Stream {
       for (size_t k = 0; k < N; ++k) pointers[k] = fetch(operands_[k], tensor, first, count, whole, scratch[k]);
       body(pointers, first, count);
       for (size_t k = 0; k < N; ++k) {
-        if (operands_[k].write && pointers[k] == scratch[k]) put(operands_[k], tensor, first, count, scratch[k]);
+        if (operands_[k].write && pointers[k] == scratch[k]) put(operands_[k], tensor, first, count, whole, scratch[k]);
       }
     }
+    if (around_caches_) finish_copies();
   }
 
  private:
   T* fetch(const Operand& operand, size_t tensor, int64_t first, int64_t count, bool whole, T* scratch) const {
     if (operand.data.empty()) return nullptr;
     if (whole && stored_as<T>(operand.storage)) {
-      return reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]);
+      T* place = reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]);
+      return goes_around_caches(operand, place) ? scratch : place;
     }
     if (operand.read) {
       pieces(tensor, first, count, [&](size_t t, int64_t inside, int64_t at, int64_t n) {
@@ -92,7 +123,15 @@ class Stream {
     return scratch;
   }
 
-  void put(const Operand& operand, size_t tensor, int64_t first, int64_t count, const T* scratch) const {
+  bool goes_around_caches(const Operand& operand, const void* place) const {
+    return around_caches_ && operand.write && !operand.read && reinterpret_cast<uintptr_t>(place) % 16 == 0;
+  }
+
+  void put(const Operand& operand, size_t tensor, int64_t first, int64_t count, bool whole, const T* scratch) const {
+    if (whole && stored_as<T>(operand.storage)) {
+      return copy_around_caches(reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]), scratch,
+                                kBlock * static_cast<int64_t>(sizeof(T)));
+    }
     pieces(tensor, first, count, [&](size_t t, int64_t inside, int64_t at, int64_t n) {
       store(operand.storage, scratch + at, operand.data[t] + inside * bytes_of(operand.storage), n);
     });
@@ -178,6 +217,7 @@ class Stream {
   const Isa& isa_;
   std::vector<int64_t> starts_;
   std::array<Operand, N> operands_;
+  bool around_caches_;
 };
 
 }  // namespace vdu
