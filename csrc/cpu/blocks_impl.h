@@ -6,6 +6,7 @@
 #include "../core/normal.h"
 #include "../core/variational.h"
 #include "blocks.h"
+#include "philox_vector.h"
 
 namespace vdu::VDU_ISA {
 namespace {
@@ -38,10 +39,11 @@ void normals_f32(const Draw& draw, uint64_t first, float* out) {
   constexpr int64_t groups = kBlock / 4;
   const uint64_t group = first / 4;
   const int64_t skip = static_cast<int64_t>(first % 4);
+  alignas(64) uint32_t words[4][groups];
   alignas(64) float lane0[groups], lane1[groups], lane2[groups], lane3[groups];
-  _Pragma("omp simd") for (int64_t g = 0; g < groups; ++g) {
-    four_normals(key, group + static_cast<uint64_t>(g), lane0[g], lane1[g], lane2[g], lane3[g]);
-  }
+  philox_words(key, group, words);
+  _Pragma("omp simd") for (int64_t g = 0; g < groups; ++g) box_muller(words[0][g], words[1][g], lane0[g], lane1[g]);
+  _Pragma("omp simd") for (int64_t g = 0; g < groups; ++g) box_muller(words[2][g], words[3][g], lane2[g], lane3[g]);
   if (skip == 0) {
     for (int64_t g = 0; g < groups; ++g) {
       out[4 * g] = lane0[g];
