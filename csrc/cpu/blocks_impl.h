@@ -155,9 +155,10 @@ template <typename T>
 void penalty_backward(T scale, const T* mean, const T* prior_mean, const T* prior_std, const KlGradientBlock<T>& out) {
   alignas(64) T d_mean[kBlock], d_prior_std[kBlock];
   VDU_LOOP {
-    const T scaled = (mean[i] - prior_mean[i]) / prior_std[i];
-    d_mean[i] = scale * (scaled / prior_std[i]);
-    d_prior_std[i] = scale * (-(scaled * scaled) / prior_std[i]);
+    const T precision_root = T(1) / prior_std[i];
+    const T scaled = (mean[i] - prior_mean[i]) * precision_root;
+    d_mean[i] = scale * (scaled * precision_root);
+    d_prior_std[i] = scale * (-(scaled * scaled) * precision_root);
   }
   if (out.mean) VDU_LOOP out.mean[i] = d_mean[i];
   if (out.prior_mean) VDU_LOOP out.prior_mean[i] = -d_mean[i];
@@ -246,14 +247,11 @@ double gradients(const T* grad, const T* mean, const T* log_std, const T* prior_
                  T kl_weight, T* d_mean, T* d_log_std, int64_t count) {
   alignas(64) T terms[kBlock];
   VDU_LOOP {
-    // One exponential serves the value and both gradients.
-    const T std = exponential(log_std[i]);
-    const T std_ratio = std / prior_std[i];
-    const T scaled = (mean[i] - prior_mean[i]) / prior_std[i];
-    const T squared_ratio = std_ratio * std_ratio;
-    terms[i] = T(0.5) * squared_ratio + T(0.5) * scaled * scaled - (log_std[i] - natural_log(prior_std[i])) - T(0.5);
-    d_mean[i] = grad[i] + kl_weight * (scaled / prior_std[i]);
-    d_log_std[i] = grad[i] * n[i] * std + kl_weight * (squared_ratio - T(1));
+    const VariationalGradient<T> d =
+        variational_gradient(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight);
+    terms[i] = d.kl;
+    d_mean[i] = d.mean;
+    d_log_std[i] = d.log_std;
   }
   return sum_terms(terms, count);
 }
