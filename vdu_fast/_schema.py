@@ -178,12 +178,13 @@ def _(grad: Tensor, mean: Tensor, prior_mean: Tensor, prior_std: Tensor, needs: 
 
 @_fake("variational_step_")
 def _(theta: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    return args[-5].new_empty(2, dtype=torch.float64)  # the constants: on the CPU, like the sums
+    like = theta[0] if theta else args[-5]  # the constants
+    return like.new_empty(2, dtype=torch.float64)
 
 
 @_fake("variational_gradient_norm")
 def _(grad: list[Tensor], z: list[Tensor], prior_std: list[Tensor], constants: Tensor, rule: int) -> Tensor:
-    return constants.new_empty(1)
+    return (z[0] if z else constants).new_empty(1, dtype=torch.float64)
 
 
 @_fake("welford_update_")

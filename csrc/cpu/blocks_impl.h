@@ -3,6 +3,8 @@
 #pragma once
 
 #include "../core/gaussian.h"
+#include "../core/moments.h"
+#include "../core/noise_prediction.h"
 #include "../core/normal.h"
 #include "../core/variational.h"
 #include "blocks.h"
@@ -72,12 +74,12 @@ void normals_f64(const Draw& draw, uint64_t first, double* out) {
 
 template <typename T>
 void sample(const T* mean, const T* log_std, const T* n, T* out) {
-  VDU_LOOP out[i] = mean[i] + exponential(log_std[i]) * n[i];
+  VDU_LOOP out[i] = sampled_weight(mean[i], log_std[i], n[i]);
 }
 
 template <typename T>
 void sample_backward(const T* grad, const T* log_std, const T* n, T* out) {
-  VDU_LOOP out[i] = grad[i] * exponential(log_std[i]) * n[i];
+  VDU_LOOP out[i] = sampled_log_std_gradient(grad[i], log_std[i], n[i]);
 }
 
 template <typename T>
@@ -85,25 +87,25 @@ void whitened(const T* center, const T* prior_std, const T* z, const T* log_std,
   if (n == nullptr) {
     VDU_LOOP out[i] = whitened_mean(center[i], prior_std[i], z[i]);
   } else if (log_std == nullptr) {
-    VDU_LOOP out[i] = whitened_mean(center[i], prior_std[i], z[i] + noise_scale * n[i]);
+    VDU_LOOP out[i] = whitened_weight(center[i], prior_std[i], z[i], noise_scale, n[i]);
   } else {
-    VDU_LOOP out[i] = whitened_mean(center[i], prior_std[i], z[i]) + exponential(log_std[i]) * n[i];
+    VDU_LOOP out[i] = whitened_weight_of_std(center[i], prior_std[i], z[i], log_std[i], n[i]);
   }
 }
 
 template <typename T>
 void mix(const T* x0, const T* n, T signal, T noise, T* out) {
-  VDU_LOOP out[i] = signal * x0[i] + noise * n[i];
+  VDU_LOOP out[i] = mixed(x0[i], n[i], signal, noise);
 }
 
 template <typename T>
 void difference(const T* prediction, const T* x0, const T* n, T signal, T noise, T* out) {
   if (n == nullptr) {
-    VDU_LOOP out[i] = prediction[i] - signal * x0[i];
+    VDU_LOOP out[i] = prediction_difference<true, false>(prediction[i], x0[i], T(0), signal, noise);
   } else if (x0 == nullptr) {
-    VDU_LOOP out[i] = prediction[i] - noise * n[i];
+    VDU_LOOP out[i] = prediction_difference<false, true>(prediction[i], T(0), n[i], signal, noise);
   } else {
-    VDU_LOOP out[i] = prediction[i] - (signal * x0[i] + noise * n[i]);
+    VDU_LOOP out[i] = prediction_difference<true, true>(prediction[i], x0[i], n[i], signal, noise);
   }
 }
 
@@ -155,20 +157,13 @@ template <typename T>
 void penalty_backward(T scale, const T* mean, const T* prior_mean, const T* prior_std, const KlGradientBlock<T>& out) {
   alignas(64) T d_mean[kBlock], d_prior_std[kBlock];
   VDU_LOOP {
-    const T precision_root = T(1) / prior_std[i];
-    const T scaled = (mean[i] - prior_mean[i]) * precision_root;
-    d_mean[i] = scale * (scaled * precision_root);
-    d_prior_std[i] = scale * (-(scaled * scaled) * precision_root);
+    const KlGradient<T> d = penalty_gradient(mean[i], prior_mean[i], prior_std[i]);
+    d_mean[i] = scale * d.mean;
+    d_prior_std[i] = scale * d.prior_std;
   }
   if (out.mean) VDU_LOOP out.mean[i] = d_mean[i];
   if (out.prior_mean) VDU_LOOP out.prior_mean[i] = -d_mean[i];
   if (out.prior_std) VDU_LOOP out.prior_std[i] = d_prior_std[i];
-}
-
-template <typename T>
-StepConstants<T> constants_of(const double* c) {
-  return {T(c[0]), T(c[1]), T(c[2]), T(c[3]), T(c[4]),  T(c[5]), T(c[6]),
-          T(c[7]), T(c[8]), T(c[9]), T(c[10]), T(c[11]), T(c[12])};
 }
 
 template <Rule rule, bool with_momentum, typename T>
@@ -187,7 +182,7 @@ double move_z(const StepConstants<T>& k, const StepBlock<T>& b, int64_t count) {
 
 template <typename T>
 StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int64_t count) {
-  const StepConstants<T> k = constants_of<T>(constants);
+  const StepConstants<T> k = step_constants<T>(constants);
   StepSums sums{};
   switch (static_cast<Rule>(rule)) {
     case Rule::natural:
@@ -207,8 +202,8 @@ StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int6
   alignas(64) T terms[kBlock];
   if (b.log_std != nullptr) {
     VDU_LOOP {
-      const T g = std_gradient(k, b.noise_grad[i], exponential(b.log_std[i]), b.prior_std[i]);
-      b.log_std[i] = b.log_std[i] - k.std_learning_rate * adam_direction(k, g, b.std_first[i], b.std_second[i]);
+      b.log_std[i] =
+          next_log_std(k, b.noise_grad[i], b.log_std[i], b.prior_std[i], b.std_first[i], b.std_second[i]);
     }
     VDU_LOOP terms[i] = whitened_kl(b.z[i], b.log_std[i] - natural_log(b.prior_std[i]));
   } else {
@@ -221,7 +216,7 @@ StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int6
 template <typename T>
 double squared_gradient(int32_t rule, const double* constants, const T* grad, const T* z, const T* prior_std,
                         int64_t count) {
-  const StepConstants<T> k = constants_of<T>(constants);
+  const StepConstants<T> k = step_constants<T>(constants);
   alignas(64) T squares[kBlock];
   if (static_cast<Rule>(rule) == Rule::adam) {
     VDU_LOOP {
@@ -247,11 +242,8 @@ double gradients(const T* grad, const T* mean, const T* log_std, const T* prior_
                  T kl_weight, T* d_mean, T* d_log_std, int64_t count) {
   alignas(64) T terms[kBlock];
   VDU_LOOP {
-    const VariationalGradient<T> d =
-        variational_gradient(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight);
-    terms[i] = d.kl;
-    d_mean[i] = d.mean;
-    d_log_std[i] = d.log_std;
+    objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight, d_mean[i],
+                        d_log_std[i], terms[i]);
   }
   return sum_terms(terms, count);
 }
@@ -260,9 +252,7 @@ template <typename T>
 void welford(T* mean, T* squares, const T* value, T inverse_count, int64_t count, double& distance, double& length) {
   alignas(64) T apart[kBlock], long_[kBlock];
   VDU_LOOP {
-    const T delta = value[i] - mean[i];
-    mean[i] = mean[i] + inverse_count * delta;
-    squares[i] = squares[i] + delta * (value[i] - mean[i]);
+    const T delta = welford_step(mean[i], squares[i], value[i], inverse_count);
     apart[i] = delta * delta;
     long_[i] = value[i] * value[i];
   }

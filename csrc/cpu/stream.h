@@ -15,15 +15,10 @@
 #include <emmintrin.h>
 #endif
 
+#include "../core/storage.h"
 #include "blocks.h"
 
 namespace vdu {
-
-enum class Storage { float32, float64, float16, bfloat16 };
-
-inline int64_t bytes_of(Storage storage) {
-  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
-}
 
 template <typename T>
 constexpr bool stored_as(Storage storage) {
