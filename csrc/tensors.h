@@ -48,7 +48,8 @@ inline std::vector<int64_t> numels_of(const Tensors& tensors) {
 inline void check_same_sizes(const std::vector<int64_t>& numels, const Tensors& tensors, const char* name,
                              bool optional = false) {
   if (optional && tensors.empty()) return;
-  STD_TORCH_CHECK(numels_of(tensors) == numels, name, " must have as many elements, tensor by tensor, as the first list");
+  STD_TORCH_CHECK(numels_of(tensors) == numels, name,
+                  " must have as many elements, tensor by tensor, as the first list");
 }
 
 inline void check_same_shape(const Tensor& a, const Tensor& b, const char* name) {

@@ -1,7 +1,7 @@
 // One step of the variational distribution N(center + prior_std z, std^2), for one element.
 //
-// In the whitened coordinate z = (mean - center) / prior_std the divergence from the prior is z^2 / 2, and plain descent
-// on z is natural-gradient descent on the mean.
+// In the whitened coordinate z = (mean - center) / prior_std the divergence from the prior is z^2 / 2, and plain
+// descent on z is natural-gradient descent on the mean.
 #pragma once
 
 #include "elementary.h"
@@ -18,17 +18,17 @@ struct StepConstants {
   T std_learning_rate;  // of log_std, which always moves by Adam
   T momentum;           // of natural and natural_sign
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps;  // of the Adam rules
-  T bias_correction;    // sqrt(1 - beta2^t) / (1 - beta1^t)
-  T kl_weight;          // multiplies the divergence in the objective
-  T gradient_scale;     // multiplies the gradient with respect to the weights, before the divergence's is added
-  T clip;               // multiplies the whole gradient
-  T noise_scale;        // std = noise_scale * prior_std where log_std is not learned; 0 writes the mean in any case
+  T bias_correction;                                      // sqrt(1 - beta2^t) / (1 - beta1^t)
+  T kl_weight;                                            // multiplies the divergence in the objective
+  T gradient_scale;  // multiplies the gradient with respect to the weights, before the divergence's is added
+  T clip;            // multiplies the whole gradient
+  T noise_scale;     // std = noise_scale * prior_std where log_std is not learned; 0 writes the mean in any case
 };
 constexpr int kStepConstants = 13;
 
 template <typename T>
 VDU_INLINE StepConstants<T> step_constants(const double* c) {
-  return {T(c[0]), T(c[1]), T(c[2]), T(c[3]), T(c[4]),  T(c[5]), T(c[6]),
+  return {T(c[0]), T(c[1]), T(c[2]), T(c[3]),  T(c[4]),  T(c[5]), T(c[6]),
           T(c[7]), T(c[8]), T(c[9]), T(c[10]), T(c[11]), T(c[12])};
 }
 

@@ -186,7 +186,8 @@ StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int6
   StepSums sums{};
   switch (static_cast<Rule>(rule)) {
     case Rule::natural:
-      sums.squared_gradient = b.first ? move_z<Rule::natural, true>(k, b, count) : move_z<Rule::natural, false>(k, b, count);
+      sums.squared_gradient =
+          b.first ? move_z<Rule::natural, true>(k, b, count) : move_z<Rule::natural, false>(k, b, count);
       break;
     case Rule::natural_sign:
       sums.squared_gradient =
@@ -202,8 +203,7 @@ StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int6
   alignas(64) T terms[kBlock];
   if (b.log_std != nullptr) {
     VDU_LOOP {
-      b.log_std[i] =
-          next_log_std(k, b.noise_grad[i], b.log_std[i], b.prior_std[i], b.std_first[i], b.std_second[i]);
+      b.log_std[i] = next_log_std(k, b.noise_grad[i], b.log_std[i], b.prior_std[i], b.std_first[i], b.std_second[i]);
     }
     VDU_LOOP terms[i] = whitened_kl(b.z[i], b.log_std[i] - natural_log(b.prior_std[i]));
   } else {
@@ -302,8 +302,8 @@ constexpr Blocks<T> blocks(void (*normals)(const Draw&, uint64_t, T*)) {
 }
 
 constexpr Isa make_isa(const char* name) {
-  return {name, blocks<float>(normals_f32), blocks<double>(normals_f64),
-          {from_half, to_half, from_bfloat16, to_bfloat16}};
+  return {
+      name, blocks<float>(normals_f32), blocks<double>(normals_f64), {from_half, to_half, from_bfloat16, to_bfloat16}};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Philox for many neighbouring counters at once. Compilers turn the 32 x 32 -> 64 bit product of the plain code into the
-// slow 64 x 64 one, so it is written out where there is an instruction for it.
+// Philox for many neighbouring counters at once. Compilers turn the 32 x 32 -> 64 bit product of the plain code into
+// the slow 64 x 64 one, so it is written out where there is an instruction for it.
 #pragma once
 
 #include "../core/philox.h"

@@ -1,7 +1,7 @@
 // Walks several lists of tensors side by side in blocks of kBlock elements.
 //
-// Element g of a list is element g of its tensors laid end to end, so a list of parameters and the flat arena that holds
-// them give the same blocks, and with them the same noise, the same bits and the same sums. No torch in here.
+// Element g of a list is element g of its tensors laid end to end, so a list of parameters and the flat arena that
+// holds them give the same blocks, and with them the same noise, the same bits and the same sums. No torch in here.
 #pragma once
 
 #include <algorithm>

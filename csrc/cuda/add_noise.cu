@@ -51,8 +51,6 @@ Tensor mix_noise(Tensor x0, Tensor signal, Tensor noise, Tensor seed, Tensor ste
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) {
-  m.impl("mix_noise", TORCH_BOX(&mix_noise));
-}
+STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) { m.impl("mix_noise", TORCH_BOX(&mix_noise)); }
 
 }  // namespace vdu

@@ -129,9 +129,7 @@ Tensor gradient_like(const Tensor& like, bool needed) {
   return needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
 }
 
-Operand gradient(const Tensor& tensor, bool needed) {
-  return {needed ? Tensors{tensor} : Tensors{}, "gradient"};
-}
+Operand gradient(const Tensor& tensor, bool needed) { return {needed ? Tensors{tensor} : Tensors{}, "gradient"}; }
 
 }  // namespace
 

@@ -16,6 +16,4 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cuda() {
-  return PyModule_Create(&module);
-}
+PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&module); }

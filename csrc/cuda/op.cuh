@@ -40,9 +40,7 @@ inline Tensor reals_beside(const Tensor& vector, int64_t count, const char* name
   return torch::stable::contiguous(result);
 }
 
-inline Reals reals_of(const Tensor& vector) {
-  return {vector.const_data_ptr(), is_wide(vector)};
-}
+inline Reals reals_of(const Tensor& vector) { return {vector.const_data_ptr(), is_wide(vector)}; }
 
 inline Reals reals_of(const std::optional<Tensor>& vector) {
   return vector.has_value() ? reals_of(*vector) : Reals{nullptr, false};
@@ -54,9 +52,7 @@ struct Operand {
   bool state = false;  // stored in what the call is computed in
 };
 
-inline Operand state(const Tensors& tensors, const char* name) {
-  return {tensors, name, true};
-}
+inline Operand state(const Tensors& tensors, const char* name) { return {tensors, name, true}; }
 
 // The operands of a call, tensor by tensor; tensors without elements are left out. Up to kTensors go into one launch.
 template <int kOperands, int kTensors = kTensorsAtOnce<kOperands>>
@@ -154,9 +150,7 @@ Table<kOperands, kTensors> table_of(const Lists<kOperands, kTensors>& lists, con
   return table;
 }
 
-inline int64_t grid_of(int64_t chunks) {
-  return std::min(chunks, kMostBlocks);
-}
+inline int64_t grid_of(int64_t chunks) { return std::min(chunks, kMostBlocks); }
 
 template <typename Op>
 Tensor partials_of(const Tensor& like, int64_t slots) {
@@ -208,17 +202,13 @@ void over_batch(const Lists<kOperands, 1>& lists, int64_t samples, const Op& op,
   if constexpr (Op::kSums > 0) fold(*partials, samples, chunks, *sums);
 }
 
-inline int64_t samples_of(const Tensor& tensor) {
-  return tensor.dim() == 0 ? 1 : tensor.size(0);
-}
+inline int64_t samples_of(const Tensor& tensor) { return tensor.dim() == 0 ? 1 : tensor.size(0); }
 
 inline Tensor doubles_beside(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count}, ScalarType::Double);
 }
 
 // A scalar in the dtype of sums over elements of `like`.
-inline Tensor sum_beside(const Tensor& like) {
-  return torch::stable::new_empty(like, {}, sum_dtype(like));
-}
+inline Tensor sum_beside(const Tensor& like) { return torch::stable::new_empty(like, {}, sum_dtype(like)); }
 
 }  // namespace vdu

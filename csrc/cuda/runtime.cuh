@@ -15,18 +15,14 @@ namespace vdu {
 using torch::stable::accelerator::DeviceGuard;
 
 // Makes the device of a tensor current; an op holds one for as long as it allocates and launches.
-inline DeviceGuard on_device_of(const Tensor& tensor) {
-  return DeviceGuard(tensor.get_device_index());
-}
+inline DeviceGuard on_device_of(const Tensor& tensor) { return DeviceGuard(tensor.get_device_index()); }
 
 inline bool is_beside(const Tensor& tensor, const Tensor& like) {
   return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index();
 }
 
 // Whether the host may read a tensor's elements; otherwise kernels do.
-inline bool is_readable(const Tensor& tensor) {
-  return tensor.is_cpu();
-}
+inline bool is_readable(const Tensor& tensor) { return tensor.is_cpu(); }
 
 // More blocks than this walk the chunks in strides.
 constexpr int64_t kMostBlocks = 1 << 16;

@@ -31,8 +31,6 @@ void standard_normal_(Tensor out, Tensor seed, Tensor step, int64_t stream, int6
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) {
-  m.impl("standard_normal_", TORCH_BOX(&standard_normal_));
-}
+STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) { m.impl("standard_normal_", TORCH_BOX(&standard_normal_)); }
 
 }  // namespace vdu

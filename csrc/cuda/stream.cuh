@@ -21,9 +21,7 @@ constexpr int kThreads = 256;
 // Chunks are the unit of reduction: one partial sum per chunk, whatever the grid.
 constexpr int64_t kChunk = 4096;
 
-__host__ __device__ inline int64_t chunks_of(int64_t numel) {
-  return (numel + kChunk - 1) / kChunk;
-}
+__host__ __device__ inline int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // A kernel's parameters may take 4 KiB on every driver; the rest is left to the op.
 template <int kOperands>

@@ -51,8 +51,6 @@ Tensor welford_update_(Tensor mean, Tensor squares, Tensor value, int64_t count)
   return sums;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) {
-  m.impl("welford_update_", TORCH_BOX(&welford_update_));
-}
+STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) { m.impl("welford_update_", TORCH_BOX(&welford_update_)); }
 
 }  // namespace vdu
