@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math \
     -fsanitize=address,undefined -fno-sanitize-recover=all
 

@@ -29,7 +29,7 @@ HOST_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
 ]
-CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 
 
 def wanted(name: str) -> bool | None:
@@ -53,7 +53,7 @@ def sources(folder: str, suffix: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return sorted(str(path) for path in (ROOT / "csrc").rglob("*.h"))
+    return sorted(str(path) for suffix in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
 
 
 def cpu_extension():
@@ -90,7 +90,7 @@ def cuda_extension():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return cpp_extension.CUDAExtension(
         "vdu_fast._C_cuda",
-        sources("cuda", "cu"),
+        [*sources("cuda", "cu"), *sources("cuda", "cpp")],
         depends=headers(),
         define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH), ("USE_CUDA", None)],
         extra_compile_args={"cxx": HOST_FLAGS, "nvcc": CUDA_FLAGS},

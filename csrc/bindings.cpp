@@ -48,7 +48,8 @@ void choose(const std::string& name) {
 PYBIND11_MODULE(_C_cpu, m) {
   m.doc() = "CPU implementation of the vdu_fast ops.";
   m.def("build_info", &build_info, "Compiler, flags, the oldest torch it runs on, and the instruction set in use.");
-  m.def("available_isas", &vdu::available_isas, "Instruction sets of this machine that code was built for, best first.");
+  m.def("available_isas", &vdu::available_isas,
+        "Instruction sets of this machine that code was built for, best first.");
   m.def("choose_isa", &choose, py::arg("name"), "Use another instruction set; results have the same bits on all.");
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"), "Ten Philox rounds on four 32-bit words.");
   m.def("four_normals", &normals, py::arg("group"), py::arg("seed"), py::arg("step") = 0, py::arg("stream") = 0,

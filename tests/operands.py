@@ -214,6 +214,7 @@ CALLS: dict[str, Call] = {
         for scale in (0.0, 0.5, 1.0)
     },
     "sample_whitened_weights_, log_std": partial(sample_whitened_weights, scale=1.0, learned=True),
+    "sample_whitened_weights_, log_std, scale 0": partial(sample_whitened_weights, scale=0.0, learned=True),
     "mix_noise": mix_noise,
     "mix_noise, small samples": partial(mix_noise, rows=True),
     **{f"noise_prediction_loss, {form}": partial(noise_prediction_loss, form=form) for form in FORMS},
@@ -235,6 +236,9 @@ CALLS: dict[str, Call] = {
         f"variational_step_, noise_scale {scale}": partial(variational_step, rule="natural_adam", noise_scale=scale)
         for scale in (0.0, 0.5)
     },
+    "variational_step_, learned std, noise_scale 0": partial(
+        variational_step, rule="natural_adam", learned=True, noise_scale=0.0
+    ),
     "add_noise_gradient_": add_noise_gradient,
     "welford_update_": welford_update,
 }

@@ -187,3 +187,20 @@ def test_a_list_of_nothing_does_nothing():
         norm, sums = list_ops(t, 0, "natural")
         assert norm.tolist() == [0]
         assert sums.tolist() == [0, 0]
+
+
+# More than goes around the caches (csrc/cpu/stream.h): 32 MiB of results.
+@pytest.mark.parametrize(("size", "dtype"), [(2**23 + 300, F32), (2**22 + 300, F64)])
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "x[1:]"])
+def test_results_that_go_around_the_caches_have_the_same_bits(size, dtype, start):
+    mean = torch.linspace(-1, 1, size, dtype=dtype)
+    log_std = torch.full((size,), -0.5, dtype=dtype)
+    out = torch.full((start + size + 1,), 7.0, dtype=dtype)
+    with threads(2):
+        ops.sample_weights_(out[start:-1], mean, log_std, 5, offset=3)
+    cuts = range(0, size, 2**21)
+    pieces = [ops.sample_weights(mean[at:][: 2**21], log_std[at:][: 2**21], 5, offset=3 + at) for at in cuts]
+    assert torch.equal(out[start:-1], torch.cat(pieces))
+    assert out[-1] == 7  # and nothing beyond
+    ops.sample_weights_(mean, mean, log_std, 5, offset=3)
+    assert torch.equal(mean, out[start:-1])

@@ -303,10 +303,11 @@ def gaussian_kl_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the four arguments; `needs` has bit k set where that of argument k is wanted, others are empty."""
     wide_mean, wide_log_std, wide_prior_mean, wide_prior_std = _wide(mean, log_std, prior_mean, prior_std)
-    scaled = (wide_mean - wide_prior_mean) / wide_prior_std
-    excess = (exponential(wide_log_std) / wide_prior_std).square() - 1
-    d_mean = grad * (scaled / wide_prior_std)
-    parts = (d_mean, grad * excess, -d_mean, grad * (-(excess + scaled * scaled) / wide_prior_std))
+    precision_root = 1 / wide_prior_std
+    scaled = (wide_mean - wide_prior_mean) * precision_root
+    excess = (exponential(wide_log_std) * precision_root).square() - 1
+    d_mean = grad * (scaled * precision_root)
+    parts = (d_mean, grad * excess, -d_mean, grad * (-(excess + scaled * scaled) * precision_root))
     return _wanted(parts, mean.dtype, needs)  # type: ignore[return-value]
 
 
@@ -321,9 +322,10 @@ def quadratic_penalty_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the three arguments; `needs` has the bits 1, 4 and 8 of `gaussian_kl_backward`."""
     wide_mean, wide_prior_mean, wide_prior_std = _wide(mean, prior_mean, prior_std)
-    scaled = (wide_mean - wide_prior_mean) / wide_prior_std
-    d_mean = grad * (scaled / wide_prior_std)
-    parts = (d_mean, d_mean, -d_mean, grad * (-(scaled * scaled) / wide_prior_std))
+    precision_root = 1 / wide_prior_std
+    scaled = (wide_mean - wide_prior_mean) * precision_root
+    d_mean = grad * (scaled * precision_root)
+    parts = (d_mean, d_mean, -d_mean, grad * (-(scaled * scaled) * precision_root))
     d_mean, _, d_prior_mean, d_prior_std = _wanted(parts, mean.dtype, needs)
     return d_mean, d_prior_mean, d_prior_std
 
@@ -352,10 +354,10 @@ def variational_gradients(
     dtype = mean.dtype
     n = _weight_noise(mean, seed, step, offset)
     grad, mean, log_std, prior_mean, prior_std = _wide(grad, mean, log_std, prior_mean, prior_std)
-    std = exponential(log_std)
-    squared_ratio, scaled = (std / prior_std).square(), (mean - prior_mean) / prior_std
+    std, precision_root = exponential(log_std), 1 / prior_std
+    squared_ratio, scaled = (std * precision_root).square(), (mean - prior_mean) * precision_root
     kl = (0.5 * squared_ratio + 0.5 * scaled * scaled - (log_std - prior_std.log()) - 0.5).sum()
-    d_mean = grad + kl_weight * (scaled / prior_std)
+    d_mean = grad + kl_weight * (scaled * precision_root)
     d_log_std = grad * n * std + kl_weight * (squared_ratio - 1)
     return kl, d_mean.to(dtype), d_log_std.to(dtype)
 

@@ -1,12 +1,13 @@
 // exp, log, sin and cos as fixed polynomials in float32. Library functions differ in their last bits between platforms;
 // these may not, because what they give has to be the same on every backend.
 //
-// The coefficients are least-squares fits at Chebyshev nodes, rounded to float32; vdu_fast/elementary.py holds the same.
+// The coefficients are least-squares fits at Chebyshev nodes, rounded to float32; vdu_fast/elementary.py holds the
+// same.
 #pragma once
 
-#include "macros.h"
-
 #include <cmath>
+
+#include "macros.h"
 
 namespace vdu::VDU_ISA {
 

@@ -20,7 +20,7 @@ VDU_INLINE NoiseKey noise_key(int64_t seed, int64_t step, int64_t stream) {
 }
 
 VDU_INLINE void philox4x32_10(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 #pragma unroll
 #elif defined(__GNUC__)
 #pragma GCC unroll 10

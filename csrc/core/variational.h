@@ -1,7 +1,7 @@
 // One step of the variational distribution N(center + prior_std z, std^2), for one element.
 //
-// In the whitened coordinate z = (mean - center) / prior_std the divergence from the prior is z^2 / 2, and plain descent
-// on z is natural-gradient descent on the mean.
+// In the whitened coordinate z = (mean - center) / prior_std the divergence from the prior is z^2 / 2, and plain
+// descent on z is natural-gradient descent on the mean.
 #pragma once
 
 #include "elementary.h"
@@ -18,13 +18,19 @@ struct StepConstants {
   T std_learning_rate;  // of log_std, which always moves by Adam
   T momentum;           // of natural and natural_sign
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps;  // of the Adam rules
-  T bias_correction;    // sqrt(1 - beta2^t) / (1 - beta1^t)
-  T kl_weight;          // multiplies the divergence in the objective
-  T gradient_scale;     // multiplies the gradient with respect to the weights, before the divergence's is added
-  T clip;               // multiplies the whole gradient
-  T noise_scale;        // std = noise_scale * prior_std where log_std is not learned; 0 writes the mean in any case
+  T bias_correction;                                      // sqrt(1 - beta2^t) / (1 - beta1^t)
+  T kl_weight;                                            // multiplies the divergence in the objective
+  T gradient_scale;  // multiplies the gradient with respect to the weights, before the divergence's is added
+  T clip;            // multiplies the whole gradient
+  T noise_scale;     // std = noise_scale * prior_std where log_std is not learned; 0 writes the mean in any case
 };
 constexpr int kStepConstants = 13;
+
+template <typename T>
+VDU_INLINE StepConstants<T> step_constants(const double* c) {
+  return {T(c[0]), T(c[1]), T(c[2]), T(c[3]),  T(c[4]),  T(c[5]), T(c[6]),
+          T(c[7]), T(c[8]), T(c[9]), T(c[10]), T(c[11]), T(c[12])};
+}
 
 // dL/dz (dL/dmean for adam) from dL/dtheta.
 template <typename T>
@@ -78,6 +84,23 @@ VDU_INLINE T next_z(const StepConstants<T>& k, T grad, T z, T prior_std, T& firs
 template <typename T>
 VDU_INLINE T whitened_mean(T center, T prior_std, T z) {
   return center + prior_std * z;
+}
+
+template <typename T>
+VDU_INLINE T whitened_weight(T center, T prior_std, T z, T noise_scale, T n) {
+  return whitened_mean(center, prior_std, z + noise_scale * n);
+}
+
+template <typename T>
+VDU_INLINE T whitened_weight_of_std(T center, T prior_std, T z, T log_std, T n) {
+  return whitened_mean(center, prior_std, z) + exponential(log_std) * n;
+}
+
+// The next log_std, by Adam, from noise_grad = n dL/dtheta.
+template <typename T>
+VDU_INLINE T next_log_std(const StepConstants<T>& k, T noise_grad, T log_std, T prior_std, T& first, T& second) {
+  const T g = std_gradient(k, noise_grad, exponential(log_std), prior_std);
+  return log_std - k.std_learning_rate * adam_direction(k, g, first, second);
 }
 
 // KL of one element, from z and log(std / prior_std).

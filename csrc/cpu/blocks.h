@@ -41,7 +41,8 @@ struct Blocks {
   void (*sample)(const T* mean, const T* log_std, const T* n, T* out);
   void (*sample_backward)(const T* grad, const T* log_std, const T* n, T* out);
   // center + prior_std z + std n; std = exp(log_std), or noise_scale prior_std where log_std is null; no n, no noise.
-  void (*whitened)(const T* center, const T* prior_std, const T* z, const T* log_std, const T* n, T noise_scale, T* out);
+  void (*whitened)(const T* center, const T* prior_std, const T* z, const T* log_std, const T* n, T noise_scale,
+                   T* out);
   // signal * x0 + noise * n
   void (*mix)(const T* x0, const T* n, T signal, T noise, T* out);
 
@@ -66,8 +67,8 @@ struct Blocks {
   void (*add_noise_gradient)(const T* grad, const T* n, T scale, T* sum);
 
   // Gradients of (loss + kl_weight KL) in mean and log_std from the loss's gradient at the sample; returns the KL.
-  double (*gradients)(const T* grad, const T* mean, const T* log_std, const T* prior_mean, const T* prior_std, const T* n,
-                      T kl_weight, T* d_mean, T* d_log_std, int64_t count);
+  double (*gradients)(const T* grad, const T* mean, const T* log_std, const T* prior_mean, const T* prior_std,
+                      const T* n, T kl_weight, T* d_mean, T* d_log_std, int64_t count);
 
   // Welford's update of running mean and squared deviations; distance and length receive the sums of (value - mean)^2
   // and value^2.

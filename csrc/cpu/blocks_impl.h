@@ -3,9 +3,12 @@
 #pragma once
 
 #include "../core/gaussian.h"
+#include "../core/moments.h"
+#include "../core/noise_prediction.h"
 #include "../core/normal.h"
 #include "../core/variational.h"
 #include "blocks.h"
+#include "philox_vector.h"
 
 namespace vdu::VDU_ISA {
 namespace {
@@ -38,10 +41,11 @@ void normals_f32(const Draw& draw, uint64_t first, float* out) {
   constexpr int64_t groups = kBlock / 4;
   const uint64_t group = first / 4;
   const int64_t skip = static_cast<int64_t>(first % 4);
+  alignas(64) uint32_t words[4][groups];
   alignas(64) float lane0[groups], lane1[groups], lane2[groups], lane3[groups];
-  _Pragma("omp simd") for (int64_t g = 0; g < groups; ++g) {
-    four_normals(key, group + static_cast<uint64_t>(g), lane0[g], lane1[g], lane2[g], lane3[g]);
-  }
+  philox_words(key, group, words);
+  _Pragma("omp simd") for (int64_t g = 0; g < groups; ++g) box_muller(words[0][g], words[1][g], lane0[g], lane1[g]);
+  _Pragma("omp simd") for (int64_t g = 0; g < groups; ++g) box_muller(words[2][g], words[3][g], lane2[g], lane3[g]);
   if (skip == 0) {
     for (int64_t g = 0; g < groups; ++g) {
       out[4 * g] = lane0[g];
@@ -70,12 +74,12 @@ void normals_f64(const Draw& draw, uint64_t first, double* out) {
 
 template <typename T>
 void sample(const T* mean, const T* log_std, const T* n, T* out) {
-  VDU_LOOP out[i] = mean[i] + exponential(log_std[i]) * n[i];
+  VDU_LOOP out[i] = sampled_weight(mean[i], log_std[i], n[i]);
 }
 
 template <typename T>
 void sample_backward(const T* grad, const T* log_std, const T* n, T* out) {
-  VDU_LOOP out[i] = grad[i] * exponential(log_std[i]) * n[i];
+  VDU_LOOP out[i] = sampled_log_std_gradient(grad[i], log_std[i], n[i]);
 }
 
 template <typename T>
@@ -83,25 +87,25 @@ void whitened(const T* center, const T* prior_std, const T* z, const T* log_std,
   if (n == nullptr) {
     VDU_LOOP out[i] = whitened_mean(center[i], prior_std[i], z[i]);
   } else if (log_std == nullptr) {
-    VDU_LOOP out[i] = whitened_mean(center[i], prior_std[i], z[i] + noise_scale * n[i]);
+    VDU_LOOP out[i] = whitened_weight(center[i], prior_std[i], z[i], noise_scale, n[i]);
   } else {
-    VDU_LOOP out[i] = whitened_mean(center[i], prior_std[i], z[i]) + exponential(log_std[i]) * n[i];
+    VDU_LOOP out[i] = whitened_weight_of_std(center[i], prior_std[i], z[i], log_std[i], n[i]);
   }
 }
 
 template <typename T>
 void mix(const T* x0, const T* n, T signal, T noise, T* out) {
-  VDU_LOOP out[i] = signal * x0[i] + noise * n[i];
+  VDU_LOOP out[i] = mixed(x0[i], n[i], signal, noise);
 }
 
 template <typename T>
 void difference(const T* prediction, const T* x0, const T* n, T signal, T noise, T* out) {
   if (n == nullptr) {
-    VDU_LOOP out[i] = prediction[i] - signal * x0[i];
+    VDU_LOOP out[i] = prediction_difference<true, false>(prediction[i], x0[i], T(0), signal, noise);
   } else if (x0 == nullptr) {
-    VDU_LOOP out[i] = prediction[i] - noise * n[i];
+    VDU_LOOP out[i] = prediction_difference<false, true>(prediction[i], T(0), n[i], signal, noise);
   } else {
-    VDU_LOOP out[i] = prediction[i] - (signal * x0[i] + noise * n[i]);
+    VDU_LOOP out[i] = prediction_difference<true, true>(prediction[i], x0[i], n[i], signal, noise);
   }
 }
 
@@ -153,19 +157,13 @@ template <typename T>
 void penalty_backward(T scale, const T* mean, const T* prior_mean, const T* prior_std, const KlGradientBlock<T>& out) {
   alignas(64) T d_mean[kBlock], d_prior_std[kBlock];
   VDU_LOOP {
-    const T scaled = (mean[i] - prior_mean[i]) / prior_std[i];
-    d_mean[i] = scale * (scaled / prior_std[i]);
-    d_prior_std[i] = scale * (-(scaled * scaled) / prior_std[i]);
+    const KlGradient<T> d = penalty_gradient(mean[i], prior_mean[i], prior_std[i]);
+    d_mean[i] = scale * d.mean;
+    d_prior_std[i] = scale * d.prior_std;
   }
   if (out.mean) VDU_LOOP out.mean[i] = d_mean[i];
   if (out.prior_mean) VDU_LOOP out.prior_mean[i] = -d_mean[i];
   if (out.prior_std) VDU_LOOP out.prior_std[i] = d_prior_std[i];
-}
-
-template <typename T>
-StepConstants<T> constants_of(const double* c) {
-  return {T(c[0]), T(c[1]), T(c[2]), T(c[3]), T(c[4]),  T(c[5]), T(c[6]),
-          T(c[7]), T(c[8]), T(c[9]), T(c[10]), T(c[11]), T(c[12])};
 }
 
 template <Rule rule, bool with_momentum, typename T>
@@ -184,11 +182,12 @@ double move_z(const StepConstants<T>& k, const StepBlock<T>& b, int64_t count) {
 
 template <typename T>
 StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int64_t count) {
-  const StepConstants<T> k = constants_of<T>(constants);
+  const StepConstants<T> k = step_constants<T>(constants);
   StepSums sums{};
   switch (static_cast<Rule>(rule)) {
     case Rule::natural:
-      sums.squared_gradient = b.first ? move_z<Rule::natural, true>(k, b, count) : move_z<Rule::natural, false>(k, b, count);
+      sums.squared_gradient =
+          b.first ? move_z<Rule::natural, true>(k, b, count) : move_z<Rule::natural, false>(k, b, count);
       break;
     case Rule::natural_sign:
       sums.squared_gradient =
@@ -204,8 +203,7 @@ StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int6
   alignas(64) T terms[kBlock];
   if (b.log_std != nullptr) {
     VDU_LOOP {
-      const T g = std_gradient(k, b.noise_grad[i], exponential(b.log_std[i]), b.prior_std[i]);
-      b.log_std[i] = b.log_std[i] - k.std_learning_rate * adam_direction(k, g, b.std_first[i], b.std_second[i]);
+      b.log_std[i] = next_log_std(k, b.noise_grad[i], b.log_std[i], b.prior_std[i], b.std_first[i], b.std_second[i]);
     }
     VDU_LOOP terms[i] = whitened_kl(b.z[i], b.log_std[i] - natural_log(b.prior_std[i]));
   } else {
@@ -218,7 +216,7 @@ StepSums step(int32_t rule, const double* constants, const StepBlock<T>& b, int6
 template <typename T>
 double squared_gradient(int32_t rule, const double* constants, const T* grad, const T* z, const T* prior_std,
                         int64_t count) {
-  const StepConstants<T> k = constants_of<T>(constants);
+  const StepConstants<T> k = step_constants<T>(constants);
   alignas(64) T squares[kBlock];
   if (static_cast<Rule>(rule) == Rule::adam) {
     VDU_LOOP {
@@ -244,14 +242,8 @@ double gradients(const T* grad, const T* mean, const T* log_std, const T* prior_
                  T kl_weight, T* d_mean, T* d_log_std, int64_t count) {
   alignas(64) T terms[kBlock];
   VDU_LOOP {
-    // One exponential serves the value and both gradients.
-    const T std = exponential(log_std[i]);
-    const T std_ratio = std / prior_std[i];
-    const T scaled = (mean[i] - prior_mean[i]) / prior_std[i];
-    const T squared_ratio = std_ratio * std_ratio;
-    terms[i] = T(0.5) * squared_ratio + T(0.5) * scaled * scaled - (log_std[i] - natural_log(prior_std[i])) - T(0.5);
-    d_mean[i] = grad[i] + kl_weight * (scaled / prior_std[i]);
-    d_log_std[i] = grad[i] * n[i] * std + kl_weight * (squared_ratio - T(1));
+    objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight, d_mean[i],
+                        d_log_std[i], terms[i]);
   }
   return sum_terms(terms, count);
 }
@@ -260,9 +252,7 @@ template <typename T>
 void welford(T* mean, T* squares, const T* value, T inverse_count, int64_t count, double& distance, double& length) {
   alignas(64) T apart[kBlock], long_[kBlock];
   VDU_LOOP {
-    const T delta = value[i] - mean[i];
-    mean[i] = mean[i] + inverse_count * delta;
-    squares[i] = squares[i] + delta * (value[i] - mean[i]);
+    const T delta = welford_step(mean[i], squares[i], value[i], inverse_count);
     apart[i] = delta * delta;
     long_[i] = value[i] * value[i];
   }
@@ -312,8 +302,8 @@ constexpr Blocks<T> blocks(void (*normals)(const Draw&, uint64_t, T*)) {
 }
 
 constexpr Isa make_isa(const char* name) {
-  return {name, blocks<float>(normals_f32), blocks<double>(normals_f64),
-          {from_half, to_half, from_bfloat16, to_bfloat16}};
+  return {
+      name, blocks<float>(normals_f32), blocks<double>(normals_f64), {from_half, to_half, from_bfloat16, to_bfloat16}};
 }
 
 }  // namespace

@@ -32,9 +32,8 @@ Tensor gaussian_kl(Tensor mean, Tensor log_std, Tensor prior_mean, Tensor prior_
                                  operand(all[3], "prior_std")});
     return sum_chunks<1>(chunks_of(elements.numel()), [&](int64_t chunk) {
       double sum = 0;
-      elements.for_each_block(chunk, [&](const auto& p, int64_t, int64_t count) {
-        sum += blocks.kl(p[0], p[1], p[2], p[3], count);
-      });
+      elements.for_each_block(
+          chunk, [&](const auto& p, int64_t, int64_t count) { sum += blocks.kl(p[0], p[1], p[2], p[3], count); });
       return std::array<double, 1>{sum};
     });
   });
@@ -53,11 +52,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward(Tensor grad, Ten
   with_compute_type(is_wide(mean), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();
-    const Stream<T, 8> elements(isa(), starts_of({mean.numel()}),
-                                {operand(all[0], "mean"), operand(all[1], "log_std"), operand(all[2], "prior_mean"),
-                                 operand(all[3], "prior_std"), gradient_operand(out[0], wanted[0]),
-                                 gradient_operand(out[1], wanted[1]), gradient_operand(out[2], wanted[2]),
-                                 gradient_operand(out[3], wanted[3])});
+    const Stream<T, 8> elements(
+        isa(), starts_of({mean.numel()}),
+        {operand(all[0], "mean"), operand(all[1], "log_std"), operand(all[2], "prior_mean"),
+         operand(all[3], "prior_std"), gradient_operand(out[0], wanted[0]), gradient_operand(out[1], wanted[1]),
+         gradient_operand(out[2], wanted[2]), gradient_operand(out[3], wanted[3])});
     for_each_chunk(chunks_of(elements.numel()), [&](int64_t chunk) {
       elements.for_each_block(chunk, [&](const auto& p, int64_t, int64_t) {
         blocks.kl_backward(static_cast<T>(scale), p[0], p[1], p[2], p[3], {p[4], p[5], p[6], p[7]});
@@ -77,14 +76,12 @@ Tensor quadratic_penalty(Tensor mean, Tensor prior_mean, Tensor prior_std) {
   const auto total = with_compute_type(is_wide(mean), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();
-    const Stream<T, 3> elements(
-        isa(), starts_of({mean.numel()}),
-        {operand(all[0], "mean"), operand(all[1], "prior_mean"), operand(all[2], "prior_std")});
+    const Stream<T, 3> elements(isa(), starts_of({mean.numel()}),
+                                {operand(all[0], "mean"), operand(all[1], "prior_mean"), operand(all[2], "prior_std")});
     return sum_chunks<1>(chunks_of(elements.numel()), [&](int64_t chunk) {
       double sum = 0;
-      elements.for_each_block(chunk, [&](const auto& p, int64_t, int64_t count) {
-        sum += blocks.penalty(p[0], p[1], p[2], count);
-      });
+      elements.for_each_block(
+          chunk, [&](const auto& p, int64_t, int64_t count) { sum += blocks.penalty(p[0], p[1], p[2], count); });
       return std::array<double, 1>{sum};
     });
   });
@@ -115,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> quadratic_penalty_backward(Tensor grad, Tenso
   return {out[0], out[1], out[2]};
 }
 
-// The KL, and the gradients of loss + kl_weight KL in mean and log_std, from the loss's gradient at the sample of (seed,
-// step).
+// The KL, and the gradients of loss + kl_weight KL in mean and log_std, from the loss's gradient at the sample of
+// (seed, step).
 std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean,
                                                          Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
                                                          int64_t offset) {

@@ -5,8 +5,10 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #pragma GCC target("avx2,f16c")
 #define VDU_ISA avx2
+#define VDU_AVX2  // g++ reads the whole file before it heeds the pragma, so it does not set __AVX2__
 #include "blocks_impl.h"
 
 namespace vdu {

@@ -1,31 +1,18 @@
 // What every op shares: reading torch tensors into operands, and running chunks on ATen's thread pool.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <array>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "../tensors.h"
 #include "isa.h"
 #include "stream.h"
 
 namespace vdu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// Values of vdu_fast.rng.Stream.
-constexpr int64_t kWeightsStream = 0, kImageNoiseStream = 1;
 
 inline int64_t integer(const Tensor& scalar, const char* name) {
   STD_TORCH_CHECK(scalar.scalar_type() == ScalarType::Long && scalar.numel() == 1 && scalar.is_cpu(), name,
@@ -37,22 +24,6 @@ inline Draw draw_of(const Tensor& seed, const Tensor& step, int64_t stream) {
   const auto s = static_cast<uint64_t>(integer(seed, "seed"));
   return {static_cast<uint32_t>(s), static_cast<uint32_t>(s >> 32), static_cast<uint32_t>(stream),
           static_cast<uint32_t>(integer(step, "step"))};
-}
-
-inline Storage storage_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::float32;
-    case ScalarType::Double:
-      return Storage::float64;
-    case ScalarType::Half:
-      return Storage::float16;
-    case ScalarType::BFloat16:
-      return Storage::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
-  }
-  return Storage::float32;
 }
 
 enum class Access { read, write, update };
@@ -77,26 +48,6 @@ inline Operand operand(const Tensor& tensor, const char* name, Access access = A
   return operand(Tensors{tensor}, name, access);
 }
 
-inline std::vector<int64_t> numels_of(const Tensors& tensors) {
-  std::vector<int64_t> numels;
-  for (const Tensor& tensor : tensors) numels.push_back(tensor.numel());
-  return numels;
-}
-
-// Refuses a list that does not match the first one; an optional list may be empty.
-inline void check_same_sizes(const std::vector<int64_t>& numels, const Tensors& tensors, const char* name,
-                             bool optional = false) {
-  if (optional && tensors.empty()) return;
-  STD_TORCH_CHECK(numels_of(tensors) == numels, name, " must have as many elements, tensor by tensor, as the first list");
-}
-
-inline void check_same_shape(const Tensor& a, const Tensor& b, const char* name) {
-  const auto x = a.sizes(), y = b.sizes();
-  STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()), name,
-                  " must have the shape of the first tensor");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name, " must have the dtype of the first tensor");
-}
-
 // Runs body(chunk) for every chunk; chunks are independent.
 template <typename Body>
 void for_each_chunk(int64_t chunks, const Body& body) {
@@ -117,16 +68,6 @@ std::array<double, K> sum_chunks(int64_t chunks, const Body& body) {
   return total;
 }
 
-// Calls body with a value of the type that tensors of this dtype are computed in.
-template <typename Body>
-auto with_compute_type(bool wide, const Body& body) {
-  return wide ? body(double{}) : body(float{});
-}
-
-inline bool is_wide(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-inline bool is_wide(const Tensors& tensors) { return !tensors.empty() && is_wide(tensors.front()); }
-
 // A float64 tensor [K] on the CPU.
 template <size_t K>
 Tensor doubles(const std::array<double, K>& values) {
@@ -134,9 +75,6 @@ Tensor doubles(const std::array<double, K>& values) {
   std::copy(values.begin(), values.end(), static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }
-
-// The dtype of sums over elements of this tensor: at least float32.
-inline ScalarType sum_dtype(const Tensor& tensor) { return is_wide(tensor) ? ScalarType::Double : ScalarType::Float; }
 
 // A scalar tensor in the dtype of sums over elements of `like`.
 inline Tensor sum_like(double value, const Tensor& like) {

@@ -1,7 +1,7 @@
 // Walks several lists of tensors side by side in blocks of kBlock elements.
 //
-// Element g of a list is element g of its tensors laid end to end, so a list of parameters and the flat arena that holds
-// them give the same blocks, and with them the same noise, the same bits and the same sums. No torch in here.
+// Element g of a list is element g of its tensors laid end to end, so a list of parameters and the flat arena that
+// holds them give the same blocks, and with them the same noise, the same bits and the same sums. No torch in here.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,14 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+#include "../core/storage.h"
 #include "blocks.h"
 
 namespace vdu {
-
-enum class Storage { float32, float64, float16, bfloat16 };
-
-inline int64_t bytes_of(Storage storage) {
-  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
-}
 
 template <typename T>
 constexpr bool stored_as(Storage storage) {
@@ -50,11 +49,36 @@ inline size_t tensor_of(const std::vector<int64_t>& starts, int64_t element) {
   return static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), element) - starts.begin()) - 1;
 }
 
+// Results of at least this many bytes go around the caches: they would be evicted before anyone reads them, and a store
+// that goes through the cache first fetches the line that it is about to overwrite.
+constexpr int64_t kStreamedBytes = 32 << 20;
+
+// memcpy of a multiple of 16 bytes to an address that is one, around the caches where the processor can.
+inline void copy_around_caches(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+  auto* target = static_cast<__m128i*>(to);
+  const auto* source = static_cast<const __m128i*>(from);
+  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+// Makes what copy_around_caches wrote visible to other threads, before they are told that it is there.
+inline void finish_copies() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T, size_t N>
 class Stream {
  public:
   Stream(const Isa& isa, std::vector<int64_t> starts, std::array<Operand, N> operands)
-      : isa_(isa), starts_(std::move(starts)), operands_(std::move(operands)) {}
+      : isa_(isa),
+        starts_(std::move(starts)),
+        operands_(std::move(operands)),
+        around_caches_(numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes) {}
 
   int64_t numel() const { return starts_.back(); }
 
@@ -70,18 +94,21 @@ class Stream {
       const size_t tensor = tensor_of(starts_, first);
       const bool whole = count == kBlock && first + kBlock <= starts_[tensor + 1];
       for (size_t k = 0; k < N; ++k) pointers[k] = fetch(operands_[k], tensor, first, count, whole, scratch[k]);
+      if (around_caches_ && first + 2 * kBlock <= starts_[tensor + 1]) prefetch(tensor, first + kBlock);
       body(pointers, first, count);
       for (size_t k = 0; k < N; ++k) {
-        if (operands_[k].write && pointers[k] == scratch[k]) put(operands_[k], tensor, first, count, scratch[k]);
+        if (operands_[k].write && pointers[k] == scratch[k]) put(operands_[k], tensor, first, count, whole, scratch[k]);
       }
     }
+    if (around_caches_) finish_copies();
   }
 
  private:
   T* fetch(const Operand& operand, size_t tensor, int64_t first, int64_t count, bool whole, T* scratch) const {
     if (operand.data.empty()) return nullptr;
     if (whole && stored_as<T>(operand.storage)) {
-      return reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]);
+      T* place = reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]);
+      return goes_around_caches(operand, place) ? scratch : place;
     }
     if (operand.read) {
       pieces(tensor, first, count, [&](size_t t, int64_t inside, int64_t at, int64_t n) {
@@ -92,7 +119,25 @@ class Stream {
     return scratch;
   }
 
-  void put(const Operand& operand, size_t tensor, int64_t first, int64_t count, const T* scratch) const {
+  // Asks for the block at `first` of every operand that is read, while the block before it is worked on.
+  void prefetch(size_t tensor, int64_t first) const {
+    for (const Operand& operand : operands_) {
+      if (operand.data.empty() || !operand.read) continue;
+      const int64_t size = bytes_of(operand.storage);
+      const char* place = operand.data[tensor] + (first - starts_[tensor]) * size;
+      for (int64_t line = 0; line < kBlock * size; line += 64) __builtin_prefetch(place + line);
+    }
+  }
+
+  bool goes_around_caches(const Operand& operand, const void* place) const {
+    return around_caches_ && operand.write && !operand.read && reinterpret_cast<uintptr_t>(place) % 16 == 0;
+  }
+
+  void put(const Operand& operand, size_t tensor, int64_t first, int64_t count, bool whole, const T* scratch) const {
+    if (whole && stored_as<T>(operand.storage)) {
+      return copy_around_caches(reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]), scratch,
+                                kBlock * static_cast<int64_t>(sizeof(T)));
+    }
     pieces(tensor, first, count, [&](size_t t, int64_t inside, int64_t at, int64_t n) {
       store(operand.storage, scratch + at, operand.data[t] + inside * bytes_of(operand.storage), n);
     });
@@ -178,6 +223,7 @@ class Stream {
   const Isa& isa_;
   std::vector<int64_t> starts_;
   std::array<Operand, N> operands_;
+  bool around_caches_;
 };
 
 }  // namespace vdu

@@ -1,5 +1,4 @@
 #include "../core/variational.h"
-
 #include "op.h"
 
 namespace vdu {
@@ -112,8 +111,7 @@ void add_noise_gradient_(Tensors sum, Tensors grad, Tensor seed, Tensor draw, do
   with_compute_type(is_wide(sum), [&](auto zero) {
     using T = decltype(zero);
     const auto& blocks = isa().blocks<T>();
-    const Stream<T, 2> elements(isa(), starts_of(numels),
-                                {operand(sum, "sum", Access::update), operand(grad, "grad")});
+    const Stream<T, 2> elements(isa(), starts_of(numels), {operand(sum, "sum", Access::update), operand(grad, "grad")});
     for_each_chunk(chunks_of(elements.numel()), [&](int64_t chunk) {
       alignas(64) T n[kBlock];
       elements.for_each_block(chunk, [&](const auto& p, int64_t first, int64_t) {
