@@ -77,7 +77,8 @@ class Operands:
 
 def backward(name: str, *arguments: object, **options: object):
     """The op that autograd calls, as the backend in use has it."""
-    return ops._implementation(name, torch.device("cpu"))(*arguments, **options)
+    device = next(argument.device for argument in arguments[1:] if isinstance(argument, Tensor))
+    return ops._implementation(name, device)(*arguments, **options)
 
 
 Results = dict[str, Tensor]
@@ -86,7 +87,8 @@ Call = Callable[[Operands, int], Results]
 
 def standard_normal(make: Operands, offset: int) -> Results:
     dtype = F64 if make.exact else make.dtype
-    return {"n": ops.standard_normal(make.size, SEED, STEP, stream=3, offset=offset, dtype=dtype)}
+    options = {"dtype": dtype, "device": make().device}
+    return {"n": ops.standard_normal(make.size, SEED, STEP, stream=3, offset=offset, **options)}
 
 
 def sample_weights(make: Operands, offset: int) -> Results:

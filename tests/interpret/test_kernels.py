@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdu_fast import _native, kernels, ops, reference, rng
 from vdu_fast.errors import InputError
-from vdu_fast.kernels import launch
+from vdu_fast.kernels import launch, tune, tuned
 
 SIZES = (0, 1, 3, 63, 1000)
 # Sizes and offsets that take more than one program, whole ones and a last one; 2,064 is a multiple of 16.
@@ -205,3 +205,26 @@ def test_what_a_launcher_cannot_take_is_an_error_that_names_it():
         kernels.standard_normal_(torch.zeros(4, 4).t()[1:], seed, seed)
     with pytest.raises(InputError, match=r"constants must be float64 \[13\], got torch\.float32 \[13\]"):
         kernels.variational_gradient_norm([x], [x], [x], torch.zeros(13), 0)
+
+
+def test_tuning_times_every_size_and_remembers_the_fastest(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ran = []
+
+    def time(call) -> float:
+        call()
+        ran.append(launch.block("any", torch.zeros(1))["BLOCK"])
+        return 1 / ran[-1]
+
+    cpu = torch.device("cpu")
+    found = {key: tune.best(times) for key, times in tune.tune(cpu, 70, time)}
+    assert set(ran) == {block for block, _ in tune.CANDIDATES}
+    assert set(found.values()) == {(4096, 8)}
+    assert {"sample_weights, 16-bit", "gaussian_kl_backward, 32-bit"} <= set(found)
+    assert tuned.remember(cpu, found) == tmp_path / "vdu_fast" / "triton_blocks.json"
+    assert tuned.block("sample_weights", cpu, narrow=True) is None  # the interpreter has sizes of its own
+    assert tuned._remembered()[tuned.device_key(cpu)]["sample_weights, 16-bit"] == [4096, 8]
+    tuned.cache_file().write_text("{")
+    tuned._remembered.cache_clear()
+    assert tuned._remembered() == {}
+    tuned._remembered.cache_clear()
