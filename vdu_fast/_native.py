@@ -83,6 +83,8 @@ def _load(backend: Backend) -> str | None:
 
 
 ABSENCES = {backend.name: _load(backend) for backend in BACKENDS}
+# Whether Triton would run on the CPU; known here, because torch.compile reads what `backend_of` reads.
+INTERPRETED: bool = ABSENCES["triton"] is None and import_module("vdu_fast.kernels").INTERPRETED
 
 
 def _warn_of_the_slow_reference() -> None:
@@ -140,7 +142,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _serves(backend: Backend, device: str) -> bool:
     if backend.name == "triton" and device == "cpu":
-        return _chosen == "triton" and bool(import_module("vdu_fast.kernels").INTERPRETED)
+        return _chosen == "triton" and INTERPRETED
     return device in (backend.device, *backend.also)
 
 
