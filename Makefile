@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
+# Which Python has the torch for `make gpu`; nothing is installed there.
+GPU_PYTHON ?= python3
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math \
     -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -19,7 +21,7 @@ SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench sanitize lint format clean
+.PHONY: help install demo test test-slow bench gpu sanitize lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,9 @@ test-slow: install ## run all tests
 bench: install ## measure the CPU ops against their budgets; fails when one is missed
 	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)
 	@$(BIN)/python benchmarks/hot_paths.py
+
+gpu: ## on a machine with a GPU: build, run the tests marked gpu, and measure there
+	@$(GPU_PYTHON) benchmarks/gpu_check.py
 
 sanitize: build/test_core ## run the C++ core under the address and undefined behaviour sanitizers
 	@$<

@@ -1,0 +1,99 @@
+"""Everything that only a GPU can tell, in one go: `make gpu` runs this with the Python that has torch there.
+
+Builds the native extensions in place, runs the tests marked `gpu`, runs a small script of every kernel under
+compute-sanitizer where there is one, and measures (benchmarks/hot_paths_gpu.py). Needs torch 2.11, Triton 3.6, pytest
+and setuptools 77 or later and no network. A part that fails does not stop the others; the exit code is 1 if any did.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OP_TESTS = ("tests/test_triton_gpu.py", "tests/test_cuda_ops.py")  # these need torch and pytest alone
+# compute-sanitizer slows a program down many times over: every kernel once, on few elements.
+SANITIZED = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from operands import CALLS, Operands
+from vdu_fast import _native
+class OnDevice(Operands):
+    def __call__(self, *shape, **options):
+        return super().__call__(*shape, **options).cuda()
+for backend in ("cuda", "triton"):
+    if _native.ABSENCES[backend] is None:
+        with _native.use_backend(backend):
+            for call in CALLS.values():
+                for size in (63, 2064):
+                    call(OnDevice(size), 3)
+torch.cuda.synchronize()
+"""
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def pytest(*arguments: str) -> list[str]:
+    return python("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *arguments)
+
+
+def other_tests() -> list[str]:
+    """Test files with a `gpu` mark besides those of the ops."""
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+    return [name for name in files if name not in OP_TESTS and "pytest.mark.gpu" in (ROOT / name).read_text()]
+
+
+def parts() -> dict[str, tuple[list[str], int]]:
+    """Name: command and the seconds that it may take."""
+    found = {
+        "build": (python("setup.py", "build_ext", "--inplace"), 240),
+        "tests of the ops": (pytest("--noconftest", *OP_TESTS), 240),
+    }
+    missing = [name for name in ("diffusers", "hypothesis", "jsonargparse") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"left out: the other tests marked gpu, which need {', '.join(missing)}")
+    else:
+        found["other tests"] = (pytest(*other_tests()), 120)
+    if sanitizer := _sanitizer():
+        found["compute-sanitizer"] = ([sanitizer, "--error-exitcode", "1", *python("-c", SANITIZED)], 120)
+    else:
+        print("left out: compute-sanitizer, which is not installed")
+    found["benchmarks"] = (python("benchmarks/hot_paths_gpu.py"), 240)
+    return found
+
+
+def _sanitizer() -> str | None:
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    return shutil.which("compute-sanitizer") or (str(home) if home.exists() else None)
+
+
+def run(name: str, command: list[str], seconds: int) -> str:
+    """What became of a part."""
+    print(f"\n=== {name}", flush=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "VDU_FAST_BUILD_CUDA": "1"}
+    start = time.monotonic()
+    try:
+        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return f"FAILED: not done after {seconds} s"
+    return f"{'ok' if code == 0 else f'FAILED with exit code {code}'} ({time.monotonic() - start:.0f} s)"
+
+
+def main() -> int:
+    found = {name: run(name, *part) for name, part in parts().items()}
+    print("\n=== summary")
+    for name, outcome in found.items():
+        print(f"{name:20} {outcome}")
+    return 1 if any(outcome.startswith("FAILED") for outcome in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
