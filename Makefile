@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
+# Each worker computes on one thread; tests that are about threads set their own number.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # Which Python has the torch for `make gpu`; nothing is installed there.
 GPU_PYTHON ?= python3
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -32,10 +34,10 @@ demo: install ## forget a handwritten digit and write a report to vdu-fast-demo/
 	@$(BIN)/vdu-fast demo
 
 test: install ## run the tests, without the slow ones
-	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: install ## run all tests
-	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	@$(PYTEST) $(PYTEST_FLAGS)
 
 bench: install ## measure the CPU ops against their budgets; fails when one is missed
 	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)

@@ -21,7 +21,7 @@ from vdu_fast.objective import forget_scale, per_sample_error
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.schedule import NoiseSchedule
-from vdu_fast.unlearning import UnlearningRun
+from vdu_fast.unlearning_run import UnlearningRun
 
 SHAPE = (1, 2, 2)
 T = 3

@@ -24,7 +24,7 @@ from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
 from vdu_fast.unlearner import BANK_FILE, STATE_FILE, Observers, UnlearnResult, unlearn
-from vdu_fast.unlearning import UnlearningRun
+from vdu_fast.unlearning_run import UnlearningRun
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=50)
 

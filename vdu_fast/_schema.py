@@ -75,7 +75,9 @@ SCHEMAS = {
 PUBLIC_OPS = (
     "standard_normal",
     "sample_weights",
+    "sample_weights_",
     "sample_whitened_weights",
+    "sample_whitened_weights_",
     "add_noise",
     "mix_noise",
     "noise_prediction_loss",

@@ -35,7 +35,7 @@ from vdu_fast.filters import (
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
-from vdu_fast.unlearning import UnlearningRun, check_run
+from vdu_fast.unlearning_run import UnlearningRun, check_run
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
 from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
-from vdu_fast.unlearning import UnlearningRun
+from vdu_fast.unlearning_run import UnlearningRun
 
 SHAPE = (1, 8, 8)
 T = 50
