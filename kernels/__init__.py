@@ -62,5 +62,5 @@ def register(key: str) -> torch.library.Library:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
         for op in LAUNCHERS:
-            library.impl(op, globals()[op], key, allow_override=True)
+            library.impl(op, globals()[op], key)
     return library
