@@ -1,4 +1,4 @@
-"""Is unlearning the shipped digits faster on the native ops than on the reference, and does it end with the same weights?
+"""Is unlearning the shipped digits faster on the native ops than on the reference, and are the weights the same?
 
 Alternates the two backends over the loop of one request (bank made once), and prints the medians and whether the final
 weights are equal bit for bit.
@@ -43,9 +43,8 @@ def main() -> None:
             seconds[backend].append(result.seconds["steps"])
             weights[backend] = torch.cat([p.detach().flatten() for p in pipeline.unet.parameters()])
     for backend, times in seconds.items():
-        print(
-            f"{backend:10} {statistics.median(times):.2f} s for {config.steps} steps (of {', '.join(f'{t:.2f}' for t in times)})"
-        )
+        told = ", ".join(f"{t:.2f}" for t in times)
+        print(f"{backend:10} {statistics.median(times):.2f} s for {config.steps} steps (of {told})")
     equal = torch.equal(weights["reference"], weights["cpu"])
     print(f"final weights {'equal bit for bit' if equal else 'differ'}")
 
