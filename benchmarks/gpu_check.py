@@ -1,8 +1,9 @@
 """Everything that only a GPU can tell, in one go: `make gpu` runs this with the Python that has torch there.
 
 Builds the native extensions in place, runs the tests marked `gpu`, runs a small script of every kernel under
-compute-sanitizer where there is one, and measures (benchmarks/hot_paths_gpu.py). Needs torch 2.11, Triton 3.6, pytest
-and setuptools 77 or later and no network. A part that fails does not stop the others; the exit code is 1 if any did.
+compute-sanitizer where there is one, and measures (benchmarks/hot_paths_gpu.py). Needs torch 2.11, Triton 3.6, pytest,
+safetensors and setuptools 77 or later and no network. A part that fails does not stop the others; the exit code is 1 if
+any did, or if a backend cannot be loaded.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 590  # for everything
@@ -54,10 +58,21 @@ def other_tests() -> list[str]:
     return [name for name in files if name not in OP_TESTS and "pytest.mark.gpu" in (ROOT / name).read_text()]
 
 
+# Tests of a backend that cannot be loaded are skipped, so its absence has to fail by itself.
+LOADED = """
+import sys
+import torch
+from vdu_fast import _native
+wanted = ("cuda", "triton") if torch.version.cuda else ("triton",)
+sys.exit("; ".join(f"{name}: {_native.ABSENCES[name]}" for name in wanted if _native.ABSENCES[name]) or 0)
+"""
+
+
 def parts() -> dict[str, tuple[list[str], int]]:
     """Name: command and the seconds that it may take."""
     found = {
         "build": (python("setup.py", "build_ext", "--inplace"), 240),
+        "backends": (python("-c", LOADED), 60),
         "tests of the ops": (pytest("--noconftest", *OP_TESTS), 240),
     }
     missing = [name for name in ("diffusers", "hypothesis", "jsonargparse") if importlib.util.find_spec(name) is None]
@@ -85,11 +100,16 @@ def run(name: str, command: list[str], seconds: float) -> str:
     print(f"\n=== {name}", flush=True)
     if seconds < 1:
         return "FAILED: no time left"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "VDU_FAST_BUILD_CUDA": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path} | ({"VDU_FAST_BUILD_CUDA": "1"} if torch.version.cuda else {})
     start = time.monotonic()
+    # A session of its own: compilers that a part has started must not go on beside the parts after it.
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return f"FAILED: not done after {seconds:.0f} s"
     return f"{'ok' if code == 0 else f'FAILED with exit code {code}'} ({time.monotonic() - start:.0f} s)"
 

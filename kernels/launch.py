@@ -114,11 +114,13 @@ def vector(values: Tensor | None, name: str, count: int, like: Tensor) -> Tensor
 
 
 def check_beside(like: Tensor, /, **operands: Tensor | Sequence[Tensor] | None) -> None:
-    """Refuse operands on another device, and those of in-place ops (lists) that are not contiguous."""
+    """Refuse operands on another device, of another size, and those of in-place ops (lists) that are not contiguous."""
     for name, operand in operands.items():
         for tensor in [operand] if isinstance(operand, Tensor) else operand or []:
             if tensor.device != like.device:
                 raise InputError(f"{name} must be on {like.device} like the other tensors, got {tensor.device}.")
+            if isinstance(operand, Tensor) and tensor.numel() != like.numel():
+                raise InputError(f"{name} must have shape {tuple(like.shape)}, got {tuple(tensor.shape)}.")
             if not isinstance(operand, Tensor) and not tensor.is_contiguous():
                 raise InputError(f"{name} must be contiguous; call .contiguous() on it first.")
 

@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 def cache_file() -> Path:
     """Where the sizes are kept: under $XDG_CACHE_HOME, else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdu_fast" / "triton_blocks.json"
+    # Not Path.home(), which fails for a user without a home, as containers have.
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vdu_fast" / "triton_blocks.json"
 
 
 def device_key(device: torch.device) -> str:

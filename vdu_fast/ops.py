@@ -63,7 +63,7 @@ def _integer(name: str, value: Seed) -> Tensor:
     if not isinstance(value, Integral) or not -(2**63) <= value < 2**64:
         raise InputError(f"{name} must be an int of at most 64 bits or an int64 tensor of one element, got {value!r}.")
     # Above 2^63 the same 64 bits are a negative int64.
-    return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
+    return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device="cpu")
 
 
 def _index(offset: int) -> int:

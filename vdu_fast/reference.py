@@ -56,7 +56,7 @@ class StepConstants(NamedTuple):
 
     def tensor(self) -> Tensor:
         """float64 [13], as the ops take it."""
-        return torch.tensor(self, dtype=torch.float64)
+        return torch.tensor(self, dtype=torch.float64, device="cpu")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

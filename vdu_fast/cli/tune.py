@@ -46,10 +46,12 @@ def run(arguments: Namespace, command: list[str]) -> int:
     from vdu_fast.kernels import tune, tuned
 
     sizes = {}
-    for key, times in tune.tune(device, options.elements):
-        sizes[key] = size = tune.best(times)
-        slowest = max(times.values())
-        print(f"{key:36}{size[0]:6} elements, {size[1]:2} warps   {times[size]:.3f} ms (slowest {slowest:.3f})")
+    # Triton's timer records its events on the current device, whichever the kernels run on.
+    with getattr(torch, device.type).device(device):
+        for key, times in tune.tune(device, options.elements):
+            sizes[key] = size = tune.best(times)
+            slowest = max(times.values())
+            print(f"{key:36}{size[0]:6} elements, {size[1]:2} warps   {times[size]:.3f} ms (slowest {slowest:.3f})")
     print(f"Written to {tuned.remember(device, sizes)}; used from the next process on.")
     return 0
 
