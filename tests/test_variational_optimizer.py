@@ -223,3 +223,63 @@ def test_misuse_is_an_error_that_says_what_to_do():
         pass
     with pytest.raises(InputError, match="call step"), optimizer.sampled_weights():
         pass
+
+
+def test_a_draw_whose_step_was_skipped_does_not_stop_the_training():
+    net = network()
+    optimizer = VariationalOptimizer(net.parameters(), 0.1, learn_std=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        with optimizer.sampled_weights():
+            (scaler.scale(loss(net)) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.param_groups[0]["steps"] == 1
+
+
+def test_draws_and_steps_out_of_order_are_refused():
+    net = network()
+    optimizer = VariationalOptimizer(net.parameters(), 0.1, learn_std=True)
+    loss(net).backward()
+    with pytest.raises(InputError, match="take the gradient in sampled_weights"):
+        optimizer.step()
+    before = flat(net)
+    with optimizer.sampled_weights(), pytest.raises(InputError, match="cannot be nested"), optimizer.sampled_weights():
+        pass
+    assert torch.equal(flat(net), before)
+    optimizer.zero_grad()
+    with pytest.raises(InputError, match="inside sampled_weights"), optimizer.sampled_weights():
+        optimizer.step()
+
+
+def test_the_seed_travels_with_the_state():
+    net, other = network(), network()
+    seeded = VariationalOptimizer(net.parameters(), 0.1, seed=5)
+    restored = VariationalOptimizer(other.parameters(), 0.1, seed=0)
+    restored.load_state_dict(seeded.state_dict())
+    with seeded.sampled_weights(), restored.sampled_weights():
+        assert torch.equal(flat(net), flat(other))
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ({"lr": -1.0}, "lr must be"),
+        ({"betas": (1.0, 0.9)}, "betas must be in"),
+        ({"momentum": -1.0}, "momentum must be in"),
+        ({"learn_std": True, "noise_scale": 0.0}, "learn_std needs noise_scale"),
+        (
+            {"params": [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2).bfloat16())]},
+            "share one device and dtype",
+        ),
+    ],
+)
+def test_a_group_that_cannot_work_is_refused_and_leaves_the_optimizer_as_it_was(group, says):
+    net = network()
+    optimizer = VariationalOptimizer(net.parameters(), 0.1)
+    with pytest.raises(InputError, match=says):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], **group})
+    assert len(optimizer.param_groups) == 1
+    with optimizer.sampled_weights():
+        pass

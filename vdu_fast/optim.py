@@ -234,10 +234,12 @@ class VariationalOptimizer(torch.optim.Optimizer):
         momentum, betas, eps: of the rule.
         seed: of the draws.
 
-    All but `posterior` and `seed` may differ between parameter groups. Closures, learning-rate schedulers and
+    All but `posterior` may differ between parameter groups. Closures, learning-rate schedulers and
     GradScaler work as with torch's own optimizers. Gradients of several draws may be collected before one `step`,
     unless `learn_std`.
     """
+
+    _inside = False  # whether the parameters hold a draw
 
     def __init__(
         self,
@@ -255,26 +257,29 @@ class VariationalOptimizer(torch.optim.Optimizer):
         eps: float = 1e-12,
         seed: int = 0,
     ) -> None:
-        if rule not in RULES:
-            raise InputError(f"rule must be one of {', '.join(RULES)}, got {rule!r}.")
-        for name, value in (("lr", lr), ("kl_weight", kl_weight), ("noise_scale", noise_scale), ("std_lr", std_lr)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} must be 0 or a positive number, got {value}.")
-        if learn_std and noise_scale == 0:
-            raise InputError("learn_std needs noise_scale above 0: at the mean, the loss says nothing about sigma.")
         if isinstance(posterior, int | float) and not (math.isfinite(posterior) and posterior > 0):
             raise InputError(f"posterior must be a GaussianPosterior or a positive number, got {posterior}.")
-        self.posterior, self.seed = posterior, seed
+        self.posterior = posterior
         defaults = {
             "lr": lr, "rule": rule, "kl_weight": kl_weight, "noise_scale": noise_scale, "learn_std": learn_std,
             "std_lr": std_lr, "momentum": momentum, "betas": betas, "eps": eps,
-            "steps": 0, "draws": 0, "pending": 0,
+            "seed": seed, "steps": 0, "draws": 0, "pending": 0,
         }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            self._begin_group(group)
+        except InputError:
+            self.param_groups.pop()
+            for parameter in group["params"]:
+                self.state.pop(parameter, None)
+            raise
+
+    def _begin_group(self, group: dict[str, Any]) -> None:
+        _check_group(group)
         # Where the group's parameters lie in the numbering of the noise: after those of the earlier groups.
         group["offset"] = sum(p.numel() for g in self.param_groups[:-1] for p in g["params"])
         for number, parameter in enumerate(group["params"]):
@@ -316,14 +321,26 @@ class VariationalOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["learn_std"] and group["pending"]:
                 raise InputError("under learn_std call step() after every sampled_weights(): one draw per step.")
+        if self._inside:
+            raise InputError(
+                "sampled_weights() cannot be nested: the inner block would end with the mean in the model."
+            )
         self._write(noisy=True)
+        self._inside = True
         try:
             yield
         finally:
+            self._inside = False
             for group in self.param_groups:
                 group["draws"] += 1
                 group["pending"] += 1
             self._write(noisy=False)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and the draws that they were taken at: a step that GradScaler skipped ends here."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            group["pending"] = 0
 
     def _write(self, *, noisy: bool) -> None:
         for group in self.param_groups:
@@ -335,7 +352,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
                 _each(states, "center"),
                 _each(states, "prior_std"),
                 _each(states, "z"),
-                self.seed,
+                group["seed"],
                 group["draws"],
                 log_std=_each(states, "log_std") if group["learn_std"] else None,
                 noise_scale=group["noise_scale"] if noisy else 0.0,
@@ -349,6 +366,10 @@ class VariationalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._inside:
+            raise InputError("step() was called inside sampled_weights(); call it after the with block.")
+        if any(group["learn_std"] and group["pending"] != 1 for group in self.param_groups):
+            raise InputError("under learn_std take the gradient in sampled_weights(), one draw per step().")
         for group in self.param_groups:
             group["steps"] += 1
             group["pending"] = 0
@@ -375,7 +396,7 @@ class VariationalOptimizer(torch.optim.Optimizer):
             _each(states, "prior_std"),
             _each(states, "z"),
             constants,
-            self.seed,
+            group["seed"],
             group["draws"] - 1,
             rule=group["rule"],
             offset=offset,
@@ -404,6 +425,25 @@ class VariationalOptimizer(torch.optim.Optimizer):
         for key, parameter in zip(saved, mine, strict=True):
             for name, value in state_dict["state"][key].items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """InputError where a setting of a group or its parameters cannot work."""
+    if group["rule"] not in RULES:
+        raise InputError(f"rule must be one of {', '.join(RULES)}, got {group['rule']!r}.")
+    for name in ("lr", "kl_weight", "noise_scale", "std_lr", "eps"):
+        if not (math.isfinite(group[name]) and group[name] >= 0):
+            raise InputError(f"{name} must be 0 or a positive number, got {group[name]}.")
+    for name, value in (("momentum", group["momentum"]), *(("betas", beta) for beta in group["betas"])):
+        if not 0 <= value < 1:
+            raise InputError(f"{name} must be in [0, 1), got {value}.")
+    if group["learn_std"] and group["noise_scale"] == 0:
+        raise InputError("learn_std needs noise_scale above 0: at the mean, the loss says nothing about sigma.")
+    kinds = {(str(p.device), str(p.dtype)) for p in group["params"]}
+    if len(kinds) > 1:
+        raise InputError(
+            f"the parameters of a group must share one device and dtype, got {sorted(kinds)}; make groups."
+        )
 
 
 def _each(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:

@@ -270,10 +270,10 @@ class UnlearningRun:
 
     def _reference_error(self, draw: int, x0: Tensor, x_t: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
         """The errors of the model before unlearning, by putting mu* into the arena for one call."""
+        self._in_network = None  # first: whatever fails below, the network no longer holds what it held
         with torch.no_grad():
             self.arena.theta.copy_(self.weights.center)
             error = self._forget_error(self._predict(x_t, timesteps), draw, x0, x_t, timesteps, weight)
-        self._in_network = None
         self._put(draw)
         return error
 
@@ -291,7 +291,7 @@ class UnlearningRun:
         if self.retained_probe is not None and self.start_retained:
             checked["retained_ratio"] = float(self.retained_probe.error().mean()) / self.start_retained
         checked["objective"] = objective
-        if config.rollback and (self.best is None or objective < self.best[0]):
+        if config.rollback and math.isfinite(objective) and (self.best is None or objective < self.best[0]):
             self.best = (objective, self.step_number, self.weights.z.clone())
         return checked
 
@@ -340,6 +340,10 @@ class UnlearningRun:
         state = self.weights.state_dict()
         state["step"] = torch.tensor(self.step_number)
         state["history"] = torch.frombuffer(bytearray(json.dumps(self.history).encode()), dtype=torch.uint8)
+        step, z = self._last_good
+        state["last_good"] = torch.tensor(step)
+        if z is not None:
+            state["last_good_z"] = z
         if self.best is not None:
             state["best"] = torch.tensor(self.best[:2], dtype=torch.float64)
             state["best_z"] = self.best[2]
@@ -350,7 +354,8 @@ class UnlearningRun:
         self.weights.load_state_dict(state)
         self._in_network = None
         self.step_number = int(state["step"])
-        self._last_good = (self.step_number, self.weights.z.clone())
+        z = state.get("last_good_z")
+        self._last_good = (int(state["last_good"]), None if z is None else z.to(self.weights.z.device, copy=True))
         self.history = json.loads(bytes(state["history"].tolist()))
         if "best" in state:
             objective, step = state["best"].tolist()
