@@ -59,6 +59,31 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* name)
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name, " must have the dtype of the first tensor");
 }
 
+// Refuses operands of variational_step_ that do not go together; returns the sizes of its tensors. Empty lists are
+// absent.
+inline std::vector<int64_t> check_step(const Tensors& theta, const Tensors& grad, const Tensors& center,
+                                       const Tensors& prior_std, const Tensors& z, const Tensors& first,
+                                       const Tensors& second, const Tensors& log_std, const Tensors& std_first,
+                                       const Tensors& std_second, const Tensors& noise_grad, int64_t rule) {
+  const auto numels = numels_of(theta);
+  check_same_sizes(numels, grad, "grad");
+  check_same_sizes(numels, center, "center");
+  check_same_sizes(numels, prior_std, "prior_std");
+  check_same_sizes(numels, z, "z");
+  check_same_sizes(numels, first, "first", true);
+  check_same_sizes(numels, second, "second", true);
+  check_same_sizes(numels, log_std, "log_std", true);
+  check_same_sizes(numels, std_first, "std_first", true);
+  check_same_sizes(numels, std_second, "std_second", true);
+  check_same_sizes(numels, noise_grad, "noise_grad", true);
+  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
+  STD_TORCH_CHECK(rule < 2 || (first.size() == z.size() && second.size() == z.size()),
+                  "the Adam rules need first and second");
+  STD_TORCH_CHECK(log_std.size() == std_first.size() && log_std.size() == std_second.size(),
+                  "log_std, std_first and std_second go together");
+  return numels;
+}
+
 // Calls body with a value of the type that tensors of this dtype are computed in.
 template <typename Body>
 auto with_compute_type(bool wide, const Body& body) {

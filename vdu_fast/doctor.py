@@ -161,10 +161,9 @@ def _check_backends() -> str:
     found = []
     for device in sorted({route.device for route in routes()}):
         mean, log_std = (rng.standard_normal(5000, 0, k, device=device) for k in (1, 2))
-        for op in ("standard_normal", "sample_weights"):
-            arguments = (5000, 3, 4) if op == "standard_normal" else (mean, log_std, 3, 4)
+        for op, arguments in (("standard_normal", (5000, 3, 4)), ("sample_weights", (mean, log_std, 3, 4))):
             options = {"device": device} if op == "standard_normal" else {}
-            fast, slow = getattr(ops, op)(*arguments, **options), getattr(reference, op)(*arguments, **options)
+            fast, slow = (getattr(module, op)(*arguments, **options) for module in (ops, reference))
             if not torch.equal(fast, slow):
                 wrong = int((fast != slow).sum())
                 raise AssertionError(

@@ -68,11 +68,16 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.signal)
 
+    def _at(self, timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """signal[t] and noise[t], float64 [B]."""
+        index = timesteps.cpu()
+        return self.signal[index].to(device), self.noise[index].to(device)
+
     def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """signal[t] and noise[t], shaped to broadcast over `like` [B, ...]."""
         shape = (-1,) + (1,) * (like.ndim - 1)
-        index = timesteps.cpu()
-        return tuple(c[index].to(like.device, like.dtype).reshape(shape) for c in (self.signal, self.noise))  # type: ignore[return-value]
+        signal, noise = (c.to(like.dtype).reshape(shape) for c in self._at(timesteps, like.device))
+        return signal, noise
 
     def add_noise(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, ...] from x_0 [B, ...], eps of the same shape and timesteps int64 [B]."""
@@ -81,8 +86,7 @@ class NoiseSchedule:
 
     def mix_noise(self, x0: Tensor, timesteps: Tensor, seed: int, step: int) -> Tensor:
         """x_t [B, ...] with the noise that `ops.noise_prediction_loss` draws again from (seed, step)."""
-        index = timesteps.cpu()
-        return ops.mix_noise(x0, self.signal[index].to(x0.device), self.noise[index].to(x0.device), seed, step)
+        return ops.mix_noise(x0, *self._at(timesteps, x0.device), seed, step)
 
     def regenerated_target(self, x0: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
         """`target` as the arguments of `ops.noise_prediction_loss`, which draws eps again instead of being given it."""
@@ -93,8 +97,8 @@ class NoiseSchedule:
         if self.prediction_type == "velocity":
             ones = torch.ones(len(x0), dtype=torch.float64, device=x0.device)
             return {"target": x0, "signal": -ones, "noise": ones}
-        index = timesteps.cpu()
-        return {"target": x0, "signal": -self.noise[index].to(x0.device), "noise": self.signal[index].to(x0.device)}
+        signal, noise = self._at(timesteps, x0.device)
+        return {"target": x0, "signal": -noise, "noise": signal}
 
     def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict for (x_0, eps, timesteps)."""

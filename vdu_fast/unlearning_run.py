@@ -225,8 +225,8 @@ class UnlearningRun:
             replay_x_t, replay_timesteps, replay_target = (v.to(device) for v in replayed)
             x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
         weight = self.timestep_weights[timesteps.cpu()].to(device, torch.float32)
-        batch = (x0, x_t[:forget], timesteps[:forget], weight[:forget])
-        reference = self._reference_error(draw, *batch) if config.saturation == "npo" else None
+        batch = (x0, timesteps[:forget], weight[:forget])
+        reference = self._reference_error(draw, x_t[:forget], *batch) if config.saturation == "npo" else None
         self.arena.zero_grad()
         prediction = self._predict(x_t, timesteps)
         error = self._forget_error(prediction[:forget], draw, *batch)
@@ -247,9 +247,7 @@ class UnlearningRun:
         loss.backward()
         return {"loss": float(loss.detach()), **measured}
 
-    def _forget_error(
-        self, prediction: Tensor, draw: int, x0: Tensor, x_t: Tensor, timesteps: Tensor, weight: Tensor
-    ) -> Tensor:
+    def _forget_error(self, prediction: Tensor, draw: int, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
         mixed = self.denoiser.schedule.regenerated_target(x0, timesteps)
         return per_sample_error(
             prediction, mixed.pop("target", None), weight, seed=self.config.seed, draw=draw, **mixed
@@ -268,12 +266,12 @@ class UnlearningRun:
         timesteps = randint(high, len(x0), config.seed, draw, low=low, stream=Stream.TIMESTEPS).to(device)
         return x0, self.denoiser.schedule.mix_noise(x0, timesteps, config.seed, draw), timesteps
 
-    def _reference_error(self, draw: int, x0: Tensor, x_t: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
+    def _reference_error(self, draw: int, x_t: Tensor, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
         """The errors of the model before unlearning, by putting mu* into the arena for one call."""
         self._in_network = None  # first: whatever fails below, the network no longer holds what it held
         with torch.no_grad():
             self.arena.theta.copy_(self.weights.center)
-            error = self._forget_error(self._predict(x_t, timesteps), draw, x0, x_t, timesteps, weight)
+            error = self._forget_error(self._predict(x_t, timesteps), draw, x0, timesteps, weight)
         self._put(draw)
         return error
 

@@ -1,3 +1,4 @@
+#include "../core/noise_prediction.h"
 #include "samples.h"
 
 namespace vdu {
@@ -21,7 +22,7 @@ Tensor mix_noise(Tensor x0, Tensor signal, Tensor noise, Tensor seed, Tensor ste
           for_each_sample(batch, first, count, [&](int64_t sample, int64_t from, int64_t end) {
             const auto at = static_cast<size_t>(b + sample);
             const T scale = static_cast<T>(signals[at]), noise_scale = static_cast<T>(noises[at]);
-            for (int64_t i = from; i < end; ++i) p[0][i] = scale * p[1][i] + noise_scale * n[i];
+            for (int64_t i = from; i < end; ++i) p[0][i] = portable::mixed(p[1][i], n[i], scale, noise_scale);
           });
         });
       });

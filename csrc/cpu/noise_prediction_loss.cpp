@@ -1,3 +1,4 @@
+#include "../core/noise_prediction.h"
 #include "samples.h"
 
 namespace vdu {
@@ -24,8 +25,9 @@ struct Target {
   template <typename T>
   T difference(T prediction, const T* x0, T n, size_t b) const {
     const T aim = static_cast<T>(signal[b]), scale = static_cast<T>(noise[b]);
-    if (x0 == nullptr) return prediction - scale * n;
-    return noisy ? prediction - (aim * *x0 + scale * n) : prediction - aim * *x0;
+    if (x0 == nullptr) return portable::prediction_difference<false, true>(prediction, T(0), n, aim, scale);
+    return noisy ? portable::prediction_difference<true, true>(prediction, *x0, n, aim, scale)
+                 : portable::prediction_difference<true, false>(prediction, *x0, n, aim, scale);
   }
 };
 

@@ -239,22 +239,8 @@ void with_kind(bool adaptive, bool learned, const Body& body) {
 Tensor variational_step_(Tensors theta, Tensors grad, Tensors center, Tensors prior_std, Tensors z, Tensors first,
                          Tensors second, Tensors log_std, Tensors std_first, Tensors std_second, Tensors noise_grad,
                          Tensor constants, Tensor seed, Tensor draw, Tensor next_draw, int64_t rule, int64_t offset) {
-  const auto numels = numels_of(theta);
-  check_same_sizes(numels, grad, "grad");
-  check_same_sizes(numels, center, "center");
-  check_same_sizes(numels, prior_std, "prior_std");
-  check_same_sizes(numels, z, "z");
-  check_same_sizes(numels, first, "first", true);
-  check_same_sizes(numels, second, "second", true);
-  check_same_sizes(numels, log_std, "log_std", true);
-  check_same_sizes(numels, std_first, "std_first", true);
-  check_same_sizes(numels, std_second, "std_second", true);
-  check_same_sizes(numels, noise_grad, "noise_grad", true);
-  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
-  STD_TORCH_CHECK(rule < 2 || (first.size() == z.size() && second.size() == z.size()),
-                  "the Adam rules need first and second");
-  STD_TORCH_CHECK(log_std.size() == std_first.size() && log_std.size() == std_second.size(),
-                  "log_std, std_first and std_second go together");
+  const auto numels =
+      check_step(theta, grad, center, prior_std, z, first, second, log_std, std_first, std_second, noise_grad, rule);
   if (theta.empty()) return torch::stable::new_zeros(constants, {2}, ScalarType::Double);
   const Tensor& like = theta[0];
   const auto guard = on_device_of(like);
