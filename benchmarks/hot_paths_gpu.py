@@ -27,7 +27,8 @@ from vdu_fast.arena import Arena
 from vdu_fast.optim import UpdateRule
 
 RESULTS = Path(__file__).parent / "results" / "hot_paths_gpu.csv"
-# Of the bandwidth, and ratios to a baseline, by what its name begins with.
+# Of the bandwidth, and ratios to a baseline, by what its name begins with. A kernel that moves its bytes this fast is
+# as fast as any can be, so a question bound by bytes is held to the bandwidth; the rest to the ratios.
 BANDWIDTH, RATIOS = 0.9, {"_foreach": 3.0, "compile": 1.3}
 OVERHEAD = {"mean_only": 0.02, "mean_field": 0.04}  # of the network's forward and backward at batch 128
 PAUSE = 3_000_000  # clock cycles: about the time that the host takes to launch a question's calls
@@ -152,6 +153,36 @@ def loss(s: State) -> Row:
     return Row("noise_prediction_loss", baselines, ours, prediction.numel(), bytes=4 * prediction.numel())
 
 
+def pair(s: State) -> Row:
+    """Both of a training step: the baselines keep the noise that they draw, ours draws it a second time."""
+    samples = s.numel // 3072
+    x0, prediction = (t[: samples * 3072].view(samples, 3, 32, 32) for t in (s.mean, s.theta))
+    signal, noise = (torch.rand(samples, device=x0.device) for _ in range(2))
+
+    def noised() -> tuple[Tensor, Tensor]:
+        eps = torch.randn_like(x0)
+        return signal.view(-1, 1, 1, 1) * x0 + noise.view(-1, 1, 1, 1) * eps, eps
+
+    def error(eps: Tensor) -> Tensor:
+        return (prediction - eps).square().flatten(1).sum(1)
+
+    compiled_noised, compiled_error = torch.compile(noised), torch.compile(error)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return ops.mix_noise(x0, signal, noise, 1, 2), ops.noise_prediction_loss(prediction, 1, 2, reduction="none")
+
+    baselines = {
+        "eager": lambda: error(noised()[1]),
+        "compile": lambda: compiled_error(compiled_noised()[1]),
+    }
+    return Row("add_noise + noise_prediction_loss", baselines, {"ours": ours}, x0.numel(), bytes=12 * x0.numel())
+
+
+# Bound by arithmetic: drawing a normal costs about as much as reading and writing 6 bytes on an H100.
+DRAWING = ("standard_normal", "noise_prediction_loss", "add_noise + noise_prediction_loss")
+# Held to no ratio: the noise that the baseline reads must have been drawn and stored before, as in the question that
+# takes both together.
+STORED_NOISE = ("noise_prediction_loss",)
 QUESTIONS: dict[str, Callable[[State], Row]] = {
     "standard_normal": normal,
     "sample_weights": sampling,
@@ -161,6 +192,7 @@ QUESTIONS: dict[str, Callable[[State], Row]] = {
     "mean-field step, natural_adam": mean_field_step,
     "add_noise": noising,
     "noise_prediction_loss": loss,
+    "add_noise + noise_prediction_loss": pair,
 }
 
 
@@ -175,16 +207,16 @@ def report(row: Row, missed: list[str]) -> list[dict[str, object]]:
             "case": row.name, "implementation": name, "ms": f"{median:.3f}", "spread": f"{spread(row.times[name]):.3f}",
             "share_of_copy_bandwidth": f"{row.bytes / median / copied:.2f}" if name in BACKENDS else "",
         }  # fmt: skip
+        share = row.bytes / median / copied
+        at_the_limit = row.name not in DRAWING and share >= BANDWIDTH
         for start, budget in RATIOS.items() if name in BACKENDS else ():
             others = [medians[other] / median for other in medians if other.startswith(start)]
             if others:
                 line[f"ratio_to{start if start[0] == '_' else '_' + start}"] = f"{min(others):.2f}"
-                if min(others) < budget:
+                if min(others) < budget and not at_the_limit and row.name not in STORED_NOISE:
                     missed.append(f"{row.name}, {name}: {min(others):.2f} x {start}, budget {budget} x")
-        if name in BACKENDS and row.bytes / median / copied < BANDWIDTH:
-            missed.append(
-                f"{row.name}, {name}: {row.bytes / median / copied:.2f} of copy bandwidth, budget {BANDWIDTH}"
-            )
+        if name in BACKENDS and share < BANDWIDTH and row.name not in DRAWING:
+            missed.append(f"{row.name}, {name}: {share:.2f} of copy bandwidth, budget {BANDWIDTH}")
         print("  " + "  ".join(f"{value!s:>9}" if value is not line["implementation"] else f"{value!s:24}"
                                for key, value in line.items() if key != "case" and value != ""))  # fmt: skip
         lines.append(line)

@@ -1,5 +1,10 @@
 // The Python module of the CPU extension: what was built, and the core functions, for bit-for-bit tests and diagnosis.
 // Importing it loads the ops of csrc/cpu into torch.
+
+// Nothing of torch is used in this file, and the pybind11 that torch 2.11 brings along refuses to be included where its
+// stable ABI is asked for.
+#undef TORCH_TARGET_VERSION
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

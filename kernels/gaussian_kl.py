@@ -73,9 +73,9 @@ def _kl_backward(
     if d_mean is not None:
         write(d_mean, at, inside, pull)
     if d_prior_mean is not None:
-        write(d_prior_mean, at, inside, -pull)
+        write(d_prior_mean, at, inside, pull * -1.0)  # Triton's -x is 0 - x, which is 0 and not -0 where x is 0
     if d_prior_std is not None:
-        write(d_prior_std, at, inside, scale * (-stretch * root))
+        write(d_prior_std, at, inside, scale * (stretch * -1.0 * root))
 
 
 @triton.jit

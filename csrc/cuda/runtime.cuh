@@ -34,7 +34,8 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int threads, const Tens
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   kernel<<<static_cast<unsigned int>(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const cudaError_t error = cudaGetLastError();  // torch's macro for this is not in torch 2.11
+  STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
 }  // namespace vdu
