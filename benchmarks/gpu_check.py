@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 590  # for everything
-OP_TESTS = ("tests/test_triton_gpu.py", "tests/test_cuda_ops.py")  # these need torch and pytest alone
+OP_TESTS = ("tests/test_cuda_ops.py", "tests/test_triton_gpu.py")  # these need torch and pytest alone
 # compute-sanitizer slows a program down many times over: every kernel once, on few elements.
 SANITIZED = """
 import sys
@@ -48,7 +48,7 @@ def python(*arguments: str) -> list[str]:
 
 def pytest(*arguments: str) -> list[str]:
     # Most of the time goes into compiling Triton kernels, which several processes do side by side.
-    workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    workers = ("-n", str(min(16, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     return python("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *workers, *arguments)
 
 
@@ -73,7 +73,7 @@ def parts() -> dict[str, tuple[list[str], int]]:
     found = {
         "build": (python("setup.py", "build_ext", "--inplace"), 240),
         "backends": (python("-c", LOADED), 60),
-        "tests of the ops": (pytest("--noconftest", *OP_TESTS), 240),
+        **{f"tests of {name}": (pytest("--noconftest", name), 200) for name in OP_TESTS},
     }
     missing = [name for name in ("diffusers", "hypothesis", "jsonargparse") if importlib.util.find_spec(name) is None]
     if missing:
@@ -119,7 +119,7 @@ def main() -> int:
     found = {name: run(name, command, min(limit, end - time.monotonic())) for name, (command, limit) in parts().items()}
     print("\n=== summary")
     for name, outcome in found.items():
-        print(f"{name:20} {outcome}")
+        print(f"{name:34} {outcome}")
     return 1 if any(outcome.startswith("FAILED") for outcome in found.values()) else 0
 
 
