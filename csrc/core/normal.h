@@ -6,25 +6,10 @@
 
 namespace vdu::VDU_ISA {
 
-// The correctly rounded root of a number in [2^-100, 2^100]. The root of nvcc has a branch for the numbers beyond, which
-// keeps it from working on two radii at a time; this is the other side of that branch.
-VDU_INLINE float root_within_range(float x) {
-#if defined(__CUDA_ARCH__)
-  float inverse, error, result;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-  const float root = x * inverse;
-  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(error) : "f"(-root), "f"(root), "f"(x));
-  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(error), "f"(inverse * 0.5f), "f"(root));
-  return result;
-#else
-  return square_root(x);
-#endif
-}
-
-// sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23: between 3e-4 and 6.
+// sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23.
 VDU_INLINE float radius_of(uint32_t word) {
   const float u = (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5f) * 1.1920928955078125e-07f;
-  return root_within_range(log_normal_range(u) * -2.0f);
+  return square_root(log_normal_range(u) * -2.0f);
 }
 
 // Two normals from two words.
