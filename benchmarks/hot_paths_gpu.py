@@ -119,17 +119,30 @@ def mean_field_step(s: State) -> Row:
     return Row("mean-field step, natural_adam", together, ours, s.numel, bytes=40 * s.numel)
 
 
+def pictures(*flat: Tensor) -> list[Tensor]:
+    """Flat tensors as batches of 3 x 32 x 32 pictures, as many as fit."""
+    samples = flat[0].numel() // 3072
+    return [t[: samples * 3072].view(samples, 3, 32, 32) for t in flat]
+
+
+def mixed(x0: Tensor, signal: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
+    return signal.view(-1, 1, 1, 1) * x0 + noise.view(-1, 1, 1, 1) * eps
+
+
+def squared_error(prediction: Tensor, eps: Tensor) -> Tensor:
+    return (prediction - eps).square().flatten(1).sum(1)
+
+
 def noising(s: State) -> Row:
     """add_noise over batches of 3 x 32 x 32 pictures, as many as there are parameters in all."""
-    samples = s.numel // 3072
-    x0, out = (t[: samples * 3072].view(samples, 3, 32, 32) for t in (s.mean, s.theta))
-    signal, noise = (torch.rand(samples, device=x0.device) for _ in range(2))
+    x0, out = pictures(s.mean, s.theta)
+    signal, noise = (torch.rand(len(x0), device=x0.device) for _ in range(2))
 
     def eager() -> Tensor:
-        return signal.view(-1, 1, 1, 1) * x0 + noise.view(-1, 1, 1, 1) * torch.randn_like(x0)
+        return mixed(x0, signal, torch.randn_like(x0), noise)
 
     eps = ops.standard_normal(x0.shape, 1, 2, stream=1, device=x0.device)
-    out.copy_(signal.view(-1, 1, 1, 1) * x0 + noise.view(-1, 1, 1, 1) * eps)
+    out.copy_(mixed(x0, signal, eps, noise))
     check_close("mix_noise", ops.mix_noise(x0, signal, noise, 1, 2), out)
     del eps
     ours = {"ours": lambda: ops.mix_noise(x0, signal, noise, 1, 2)}
@@ -138,16 +151,15 @@ def noising(s: State) -> Row:
 
 def loss(s: State) -> Row:
     """The error against regenerated noise; the baselines read noise that was stored."""
-    samples = s.numel // 3072
-    prediction, eps = (t[: samples * 3072].view(samples, 3, 32, 32) for t in (s.mean, s.theta))
+    prediction, eps = pictures(s.mean, s.theta)
     eps.normal_()
 
     def eager() -> Tensor:
-        return (prediction - eps).square().flatten(1).sum(1)
+        return squared_error(prediction, eps)
 
     ours = {"ours": lambda: ops.noise_prediction_loss(prediction, 1, 2, reduction="none")}
     own = ops.standard_normal(prediction.shape, 1, 2, stream=1, device=prediction.device)
-    check_close("noise_prediction_loss", ours["ours"](), (prediction - own).square().flatten(1).sum(1))
+    check_close("noise_prediction_loss", ours["ours"](), squared_error(prediction, own))
     del own
     baselines = {"eager": eager, "compile": torch.compile(eager)}
     return Row("noise_prediction_loss", baselines, ours, prediction.numel(), bytes=4 * prediction.numel())
@@ -155,25 +167,21 @@ def loss(s: State) -> Row:
 
 def pair(s: State) -> Row:
     """Both of a training step: the baselines keep the noise that they draw, ours draws it a second time."""
-    samples = s.numel // 3072
-    x0, prediction = (t[: samples * 3072].view(samples, 3, 32, 32) for t in (s.mean, s.theta))
-    signal, noise = (torch.rand(samples, device=x0.device) for _ in range(2))
+    x0, prediction = pictures(s.mean, s.theta)
+    signal, noise = (torch.rand(len(x0), device=x0.device) for _ in range(2))
 
     def noised() -> tuple[Tensor, Tensor]:
         eps = torch.randn_like(x0)
-        return signal.view(-1, 1, 1, 1) * x0 + noise.view(-1, 1, 1, 1) * eps, eps
+        return mixed(x0, signal, eps, noise), eps
 
-    def error(eps: Tensor) -> Tensor:
-        return (prediction - eps).square().flatten(1).sum(1)
-
-    compiled_noised, compiled_error = torch.compile(noised), torch.compile(error)
+    compiled_noised, compiled_error = torch.compile(noised), torch.compile(squared_error)
 
     def ours() -> tuple[Tensor, Tensor]:
         return ops.mix_noise(x0, signal, noise, 1, 2), ops.noise_prediction_loss(prediction, 1, 2, reduction="none")
 
     baselines = {
-        "eager": lambda: error(noised()[1]),
-        "compile": lambda: compiled_error(compiled_noised()[1]),
+        "eager": lambda: squared_error(prediction, noised()[1]),
+        "compile": lambda: compiled_error(prediction, compiled_noised()[1]),
     }
     return Row("add_noise + noise_prediction_loss", baselines, {"ours": ours}, x0.numel(), bytes=12 * x0.numel())
 
@@ -203,11 +211,11 @@ def report(row: Row, missed: list[str]) -> list[dict[str, object]]:
     print(f"\n{row.name}   (copy: {copied / 1e6:.0f} GB/s)")
     lines = []
     for name, median in medians.items():
+        share = row.bytes / median / copied
         line: dict[str, object] = {
             "case": row.name, "implementation": name, "ms": f"{median:.3f}", "spread": f"{spread(row.times[name]):.3f}",
-            "share_of_copy_bandwidth": f"{row.bytes / median / copied:.2f}" if name in BACKENDS else "",
+            "share_of_copy_bandwidth": f"{share:.2f}" if name in BACKENDS else "",
         }  # fmt: skip
-        share = row.bytes / median / copied
         at_the_limit = row.name not in DRAWING and share >= BANDWIDTH
         for start, budget in RATIOS.items() if name in BACKENDS else ():
             others = [medians[other] / median for other in medians if other.startswith(start)]
