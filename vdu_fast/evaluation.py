@@ -32,7 +32,8 @@ from vdu_fast.classifier import (
     train_classifier,
 )
 from vdu_fast.data import ImageSet
-from vdu_fast.errors import InputError
+from vdu_fast.errors import InputError, check_choices
+from vdu_fast.execution import CompileMode, Execution, Precision
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.sampling import sample_images
 
@@ -56,6 +57,9 @@ class EvaluationConfig:
         classifier_seed: seed of the classifier, where one has to be trained.
         loss_images: most images over which the noise-prediction losses are averaged.
         loss_timesteps: number of timesteps, evenly spaced, over which they are averaged.
+        precision: "float32" or "bfloat16" (autocast of both networks), which is faster and draws slightly other images.
+        channels_last: run both networks in the channels-last memory layout.
+        compile: "off", or a mode of torch.compile for drawing the samples; pays for many samples or large networks.
     """
 
     samples: int = 1000
@@ -66,12 +70,21 @@ class EvaluationConfig:
     classifier_seed: int = 4321
     loss_images: int = 128
     loss_timesteps: int = 10
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: CompileMode = "off"
 
     def __post_init__(self) -> None:
         least = {"samples": 2, "max_real": 2}
         for name in ("samples", "sampler_steps", "batch_size", "max_real", "loss_images", "loss_timesteps"):
             if (value := getattr(self, name)) < (minimum := least.get(name, 1)):
                 raise InputError(f"{name}: got {value}; accepted are whole numbers from {minimum} up. Raise it.")
+        check_choices(self)
+
+    @property
+    def execution(self) -> Execution:
+        """How the networks are run."""
+        return Execution(self.precision, self.channels_last, self.compile)
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     _check(before, after, train, heldout, forget)
+    before.execution = after.execution = config.execution
     report = progress or (lambda stage, done, total: None)
     if classifier is None:
         classifier = train_classifier(
