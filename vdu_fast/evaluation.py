@@ -98,6 +98,7 @@ class Evaluation:
         class_names: names of the classes.
         forget: index of the forgotten class.
         classifier: the network that counted, and whose features measured.
+        original_samples: all that was drawn from the original model, numbered from 0; `before` are the first of them.
     """
 
     metrics: dict[str, Any]
@@ -108,6 +109,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     forget: int
     classifier: ImageClassifier
+    original_samples: Tensor
 
 
 @dataclass(frozen=True)
@@ -276,14 +278,23 @@ class _Comparison:
             "warnings": self.warnings,
         }
         pictures = original.images, unlearned.images, original.labels, unlearned.labels
-        return Evaluation(metrics, *pictures, self.train.class_names, self.forget, self.classifier)
+        assert self.original_samples is not None
+        names = self.train.class_names
+        return Evaluation(metrics, *pictures, names, self.forget, self.classifier, self.original_samples)
 
     def draw(self, denoiser: Denoiser, argument: str, count: int, *, first: int = 0) -> _Drawn:
+        """The samples first .. first + count - 1; of the original model, those that are there are not drawn again."""
+        known = self.original_samples if denoiser is self.before else None
+        start = first if known is None else min(max(first, len(known)), first + count)
+        images = self.sample(denoiser, argument, first + count - start, first=start)
+        if known is not None:
+            images = torch.cat([known[first:start], images])
+        if denoiser is self.before:
+            self.original_samples = images if known is None else torch.cat([known, images[len(known) - first :]])
+        return _Drawn(images, *self.classifier.embed_and_classify(images))
+
+    def sample(self, denoiser: Denoiser, argument: str, count: int, *, first: int) -> Tensor:
         config, done = self.config, 0
-        drawn_before = self.original_samples if denoiser is self.before else None
-        if drawn_before is not None and first + count <= len(drawn_before):
-            images = drawn_before[first : first + count]
-            return _Drawn(images, *self.classifier.embed_and_classify(images))
 
         def finished(images: int) -> None:
             nonlocal done
@@ -297,7 +308,7 @@ class _Comparison:
                 f"{argument}: the model draws NaN or infinity; only finite images can be judged. Its weights are "
                 "damaged: unlearn again with a smaller learning rate, or give an intact model."
             )
-        return _Drawn(images, *self.classifier.embed_and_classify(images))
+        return images
 
     def oracle(self, original: _Drawn) -> tuple[Tensor, int]:
         """Features of `samples` original samples outside the forgotten class, and how many were drawn on top.
