@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 # Each worker computes on one thread; tests that are about threads set their own number.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # Which Python has the torch for `make gpu`; nothing is installed there.
@@ -23,10 +24,10 @@ SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench gpu sanitize lint format clean
+.PHONY: help install demo test test-slow bench bench-calls gpu sanitize lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## create .venv and install the package with what its tests need
 
@@ -39,9 +40,14 @@ test: install ## run the tests, without the slow ones
 test-slow: install ## run all tests
 	@$(PYTEST) $(PYTEST_FLAGS)
 
-bench: install ## measure the CPU ops against their budgets; fails when one is missed
+# bayesian-torch asks for torchvision, which it does not use here and which would bring another torch.
+bench: install ## measure on the CPU against the budgets; fails when one is missed (BENCH_FLAGS="--base REV": a commit)
 	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)
-	@$(BIN)/python benchmarks/hot_paths.py
+	@$(call quietly,$(BIN)/python -m pip install --no-deps "bayesian-torch>=0.5,<0.6")
+	@$(BIN)/python benchmarks/run.py $(BENCH_FLAGS)
+
+bench-calls: install ## what one call of every op costs on small tensors, by pytest-benchmark
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/calls.py --benchmark-columns=median,iqr,rounds
 
 gpu: ## on a machine with a GPU: build, run the tests marked gpu, and measure there
 	@$(GPU_PYTHON) benchmarks/gpu_check.py

@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in one go: `make gpu` runs this with the Python that has torch there.
 
 Builds the native extensions in place, runs the tests marked `gpu`, runs a small script of every kernel under
-compute-sanitizer where there is one, and measures (benchmarks/hot_paths_gpu.py). Needs torch 2.11, Triton 3.6, pytest,
+compute-sanitizer where there is one, and measures (benchmarks/run.py). Needs torch 2.11, Triton 3.6, pytest,
 safetensors and setuptools 77 or later and no network. A part that fails does not stop the others; the exit code is 1 if
 any did, or if a backend cannot be loaded.
 """
@@ -86,7 +86,10 @@ def parts() -> dict[str, tuple[list[str], int]]:
         found["compute-sanitizer"] = ([*uncached, *python("-c", SANITIZED)], 120)
     else:
         print("left out: compute-sanitizer, which is not installed")
-    found["benchmarks"] = (python("benchmarks/hot_paths_gpu.py"), 240)
+    ask = python("benchmarks/run.py", "--device", "cuda", "--output")
+    results = "benchmarks/results/cuda"
+    found["benchmarks of ops and steps"] = ([*ask, f"{results}.csv", "--groups", "ops", "step"], 200)
+    found["benchmarks of sizes and loops"] = ([*ask, f"{results}_loops.csv", "--groups", "machine", "loop"], 200)
     return found
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "posterior": "estimate the posterior of a model from its checkpoints, or from the model alone (--fisher)",
     "unlearn": "make a model forget, from pictures of what must go",
     "evaluate": "measure what was forgotten and what it cost, and write a report",
+    "benchmark": "measure the fast ops on this machine against torch without them",
     "tune": "time block sizes of the Triton kernels on a GPU and remember the fastest",
     "doctor": "show versions, devices and backends, and check the installation",
 }
