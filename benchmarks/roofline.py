@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,14 +48,10 @@ def write_roofline(path: Path, lines: Iterable[Line], peak: float, title: str) -
     high = max(*(line["operations_per_byte"] for line in points), peak / 1e9 / bandwidth) * 4
     knee = peak / 1e9 / bandwidth
     axes.plot([low, knee, high], [low * bandwidth, peak / 1e9, peak / 1e9], color="0.35", linewidth=2)
-    axes.annotate(
-        f"bandwidth of a copy, {bandwidth:.0f} GB/s", (low * 1.15, low * bandwidth * 1.5), color="0.35", fontsize=9,
-        rotation=0,
-    )  # fmt: skip
-    axes.annotate(
-        f"product of matrices, {peak / 1e9:.0f} Gflop/s", (high / 1.1, peak / 1e9 * 1.12), ha="right", color="0.35",
-        fontsize=9,
-    )  # fmt: skip
+    middle = (low * knee) ** 0.5
+    how: dict[str, Any] = {"textcoords": "offset points", "color": "0.35", "fontsize": 9}
+    axes.annotate(f"copy, {bandwidth:.0f} GB/s", (middle, middle * bandwidth), (12, -16), **how)
+    axes.annotate(f"product of matrices, {peak / 1e9:.0f} Gflop/s", (high, peak / 1e9), (-6, 7), ha="right", **how)
     for number, line in enumerate(points):
         x, y = line["operations_per_byte"], line["gigaoperations_per_second"]
         roof = min(x * bandwidth, peak / 1e9)
@@ -62,7 +59,8 @@ def write_roofline(path: Path, lines: Iterable[Line], peak: float, title: str) -
             x, y, "o", markersize=8, color=f"C{number % 10}", label=f"{line['question']}: {y / roof:.0%} of its roof"
         )
         axes.plot([x, x], [y, roof], ":", color=f"C{number % 10}", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), title=title)
+    least = min(line["gigaoperations_per_second"] for line in points)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(least / 3, peak / 1e9 * 2), title=title)
     axes.set_xlabel("operations per byte (as the reference needs them, integer ones among them)")
     axes.set_ylabel("billion operations per second")
     axes.grid(which="both", alpha=0.2)
