@@ -32,6 +32,7 @@ from vdu_fast.filters import (
     classifier_filter,
     positive_unlabelled_filter,
 )
+from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
@@ -249,6 +250,7 @@ def _check_replay(
         check_positive_unlabelled(job.denoiser, job.images, config.feature_module)
 
 
+@phase("bank")
 def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     if isinstance(bank, ReplayBank):
         bank.check_fits(job.denoiser, "bank")
@@ -275,6 +277,7 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     return made
 
 
+@phase("filter")
 def _filter_bank(
     job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
@@ -324,6 +327,7 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
         earlier = spent.pop("steps")
         seconds |= {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
 
+    @phase("save")
     def save() -> None:
         seconds["steps"] = earlier + time.perf_counter() - began
         if state_file is not None:
@@ -369,6 +373,7 @@ def _identity(run: UnlearningRun, job: _Job) -> str:
     return digest.hexdigest()[:32]
 
 
+@phase("save")
 def _write(result: UnlearnResult, job: _Job) -> None:
     assert job.output is not None
     _write_model(job, job.output)
