@@ -1,12 +1,12 @@
 """Marks of what a run is doing at the moment, which cost next to nothing until somebody records them.
 
-    with phase("data"):        # or @phase("data") on a function
-        ...
+with phase("data"):        # or @phase("data") on a function
+    ...
 
-    recorder = PhaseRecorder(device)
-    with recorder.recording():
-        ...
-    recorder.take()            # {"data": PhaseCost(...)}
+recorder = PhaseRecorder(device)
+with recorder.recording():
+    ...
+recorder.take()            # {"data": PhaseCost(...)}
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class PhaseCost:
 
     Attributes:
         seconds: wall time.
-        peak: highest allocated bytes of the device while it ran, or None where no meter was given.
-        rise: the most that these rose above what was allocated when it began, or was gone back to.
+        peak: allocated bytes of the device while it ran, at their highest, above those when the outermost phase began;
+            None where no meter was given.
+        rise: the most by which they rose while it ran.
     """
 
     seconds: float = 0.0
@@ -68,7 +69,7 @@ class PhaseRecorder:
         self._device, self._meter, self._clock = device, meter, clock
         self._open: list[tuple[str, record_function]] = []
         self._costs: dict[str, PhaseCost] = {}
-        self._since, self._held = 0.0, 0
+        self._since, self._held, self._ground = 0.0, 0, 0
 
     def take(self) -> dict[str, PhaseCost]:
         """The costs by name, in the order of the first marks; counting starts anew."""
@@ -104,11 +105,12 @@ class PhaseRecorder:
             cost.seconds += now - self._since
             if self._meter is not None:
                 peak = self._meter.peak()
-                cost.peak = max(cost.peak or 0, peak)
+                cost.peak = max(cost.peak or 0, peak - self._ground)
                 cost.rise = max(cost.rise or 0, peak - self._held)
-        elif self._meter is not None:
-            self._meter.peak()  # of what came before the outermost phase
         if self._meter is not None:
+            if not self._open:
+                self._meter.peak()  # of what came before
+                self._ground = self._meter.now()
             self._held = self._meter.now()
         # Again, so that what the meter took is on nobody's bill.
         self._since = self._clock()
@@ -117,7 +119,7 @@ class PhaseRecorder:
 _active: ContextVar[PhaseRecorder | None] = ContextVar("vdu_fast_phases", default=None)
 
 
-class phase(ContextDecorator):  # noqa: N801
+class phase(ContextDecorator):
     """Mark a block, or every call of a function, as one phase of the run; without a recorder nothing happens."""
 
     def __init__(self, name: str) -> None:

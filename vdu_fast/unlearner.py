@@ -282,21 +282,7 @@ def _filter_bank(
     job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
     config, began = job.config, time.perf_counter()
-    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
-    if config.bank_filter == "classifier":
-        assert classifier is not None
-        assert forget_label is not None
-        keep, report = classifier_filter(bank.images, classifier, forget_label, **how)
-    elif config.bank_filter == "positive_unlabelled":
-        keep, report = positive_unlabelled_filter(
-            job.denoiser,
-            bank.images,
-            job.images,
-            feature_module=config.feature_module,
-            **how,
-        )
-    else:
-        keep, report = torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
+    keep, report = _filtered(job, bank, classifier, forget_label)
     job.seconds["filter"] = time.perf_counter() - began
     kept = int(keep.sum())
     job.observers.say(report.describe())
@@ -306,6 +292,23 @@ def _filter_bank(
             f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
         )
     return bank.keep(keep), report
+
+
+def _filtered(
+    job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
+) -> tuple[Tensor, FilterReport]:
+    """Which images of a bank the filter of the settings keeps, bool [N], and its report."""
+    config = job.config
+    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
+    if config.bank_filter == "classifier":
+        assert classifier is not None
+        assert forget_label is not None
+        return classifier_filter(bank.images, classifier, forget_label, **how)
+    if config.bank_filter == "positive_unlabelled":
+        return positive_unlabelled_filter(
+            job.denoiser, bank.images, job.images, feature_module=config.feature_module, **how
+        )
+    return torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
 
 
 def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
