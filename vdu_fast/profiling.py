@@ -6,10 +6,8 @@ import copy
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,117 +32,22 @@ from vdu_fast.measuring import (
     timed,
 )
 from vdu_fast.phases import PhaseCost, PhaseRecorder
+from vdu_fast.pipelines import denoiser_of
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.replay import ReplayBank, bank_bytes, build_bank
+from vdu_fast.profile_record import PhaseRow, Profile, RunPart
+from vdu_fast.replay import ReplayBank
+from vdu_fast.replay_costs import ReplayCosts
 from vdu_fast.tracing import chrome_trace, memory_of_phases
-from vdu_fast.unlearner import Observers, _check_inputs, _check_replay, _filtered, _Job, _obtain_bank
+from vdu_fast.unlearner import Observers, _check_inputs, _check_replay
 from vdu_fast.unlearning_run import UnlearningRun
 
 # Of the phases, as they follow one another in a step.
 ORDER = ("data", "weights", "forward", "loss", "backward", "accumulate", "update", "check", STEP)
 QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-# Batches, and sampler steps of each, of the bank that is drawn to learn what a whole one takes.
-BANK_BATCHES, BANK_STEPS = 3, 3
 # How often the check is measured.
 CHECKS = 3
 FROM_TRACE = "torch.profiler's records of the CPU's tensor allocations; scratch space of libraries is not in them"
 FROM_DEVICE = "the device allocator's peak, torch.accelerator.max_memory_allocated"
-
-
-@dataclass(frozen=True)
-class PhaseRow:
-    """One phase of a step.
-
-    Attributes:
-        name: as `vdu_fast.phases` marks it; "step" is the rest, in no phase of its own.
-        seconds, low, high: per step, the median and the quartiles over the measured steps. A check is spread over the
-            check_every steps that it is made once in.
-        share: of the step.
-        peak, rise: bytes, see `vdu_fast.phases.PhaseCost`; None where nothing tells.
-    """
-
-    name: str
-    seconds: float
-    low: float
-    high: float
-    share: float
-    peak: int | None
-    rise: int | None
-
-
-@dataclass(frozen=True)
-class RunPart:
-    """One part of the whole run.
-
-    Attributes:
-        name: "bank", "filter", "start", "steps", "checks" or "saves".
-        seconds: of the user's whole run.
-        estimate: whether `seconds` is more than was measured, and so an extrapolation.
-        basis: what was measured, in words.
-    """
-
-    name: str
-    seconds: float
-    estimate: bool
-    basis: str
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What `profile` found. Times in seconds, memory in bytes.
-
-    Attributes:
-        phases: of one step, in the order they come in.
-        parts: of the whole run.
-        step: one step without a check, while nobody records: the marks wait for an accelerator, this does not.
-        network: forward and backward of the bare network for as many samples as a step has, and nothing else.
-        check: one measurement on the fixed batches.
-        probe: forward and backward again, alternating with "doubled", twice the batch, and "bfloat16", under autocast;
-            these two are absent where they make no sense, or would not fit.
-        samples: that pass through the network in one pass of a step: forget images and replayed states.
-        passes: of one step.
-        parameters, trainable: how many weights the network has, and how many of them may change.
-        held: what lies in memory all the time.
-        memory_from: where the phases' memory figures come from.
-        machine: device, device_name, threads, cores, backend, torch, and whether the device computes in bfloat16.
-        settings: of the run.
-        trace: JSON of torch.profiler, of a step without a check and one with a check.
-    """
-
-    phases: list[PhaseRow]
-    parts: list[RunPart]
-    step: float
-    network: float
-    check: float
-    probe: dict[str, float]
-    samples: int
-    passes: int
-    parameters: int
-    trainable: int
-    sample_shape: tuple[int, int, int]
-    held: dict[str, int]
-    memory_from: str
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    trace: bytes
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole run."""
-        return sum(part.seconds for part in self.parts)
-
-    @property
-    def overhead(self) -> float:
-        """What a step takes beyond the bare network, as a share of that."""
-        return self.step / (self.network * self.passes) - 1
-
-    def seconds_of(self, name: str) -> float:
-        """Of a phase in one step; 0 where there is no such phase."""
-        return sum(row.seconds for row in self.phases if row.name == name)
-
-    def part(self, name: str) -> RunPart | None:
-        """A part of the run, or None where the run has none such."""
-        return next((part for part in self.parts if part.name == name), None)
 
 
 def profile(
@@ -186,16 +89,15 @@ def profile(
     config = config or UnlearnConfig()
     job = _check_inputs(_copied(model), forget_images, posterior, config, scheduler, Observers())
     report = progress or (lambda stage, done, total: None)
-    parts: list[RunPart] = []
-    small, bytes_of_bank = None, 0
+    replay = None
     if config.replay_weight > 0:
         _check_replay(job, bank, classifier, forget_label)
-        small, bytes_of_bank, parts = _bank_and_filter(job, bank, classifier, forget_label, report)
-    device = job.denoiser.device
+        replay = ReplayCosts(job, bank, classifier, forget_label, report)
+    device, used = job.denoiser.device, replay.bank if replay is not None else None
     run, seconds = timed(
-        device, lambda: UnlearningRun(job.denoiser, job.images, job.posterior, small, _for_measuring(config))
+        device, lambda: UnlearningRun(job.denoiser, job.images, job.posterior, used, _for_measuring(config))
     )
-    parts.append(RunPart("start", seconds, False, "errors of the model before unlearning"))
+    start = RunPart("start", seconds, False, "errors of the model before unlearning")
     for done in range(warmup):
         run.step()
         report("warming up", done + 1, warmup)
@@ -206,11 +108,13 @@ def profile(
     checks = [recorded_step(run, recorder, check=True)["check"] for _ in range(CHECKS)]
     memory = memory_of_phases(trace, STEP) if on_cpu else highest([*marked, *({"check": cost} for cost in checks)])
     rows = _rows(marked, checks, memory, config)
+    if replay is not None:
+        replay.measure()
     peak = max((row.peak for row in rows if row.peak is not None), default=0)
     step, check = statistics.median(plain), statistics.median(cost.seconds for cost in checks)
     return Profile(
         phases=rows,
-        parts=[*parts, *_parts_of_steps(run, config, step, check, scratch)],
+        parts=[*(replay.parts() if replay else []), start, *_parts_of_steps(run, config, step, check, scratch)],
         step=step,
         network=statistics.median(network),
         check=check,
@@ -220,7 +124,7 @@ def profile(
         parameters=sum(parameter.numel() for parameter in job.denoiser.module.parameters()),
         trainable=run.arena.numel,
         sample_shape=job.denoiser.sample_shape,
-        held=_held(run) | ({"bank": bytes_of_bank} if small is not None else {}),
+        held=_held(run) | ({"bank": replay.nbytes} if replay else {}),
         memory_from=FROM_TRACE if on_cpu else FROM_DEVICE,
         machine=_machine(device),
         settings=asdict(config),
@@ -232,65 +136,15 @@ def _copied(model: Any) -> Any:
     """What stands in for the model: its network is a copy, on the device that the user's is on."""
     if isinstance(model, nn.Module):
         return copy.deepcopy(model)
-    unet, scheduler = getattr(model, "unet", None), getattr(model, "scheduler", None)
-    return model if unet is None else SimpleNamespace(unet=copy.deepcopy(unet), scheduler=scheduler)
+    # Asked here, where a pipeline that cannot be used still has its name.
+    denoiser = denoiser_of(model)
+    return SimpleNamespace(unet=copy.deepcopy(denoiser.module), scheduler=model.scheduler)
 
 
 def _for_measuring(config: UnlearnConfig) -> UnlearnConfig:
     """The same work per step, but at a rate at which no number of steps can diverge, and with no check unasked for."""
     never = 2**62
     return replace(config, learning_rate=1e-3 * config.learning_rate, steps=never, check_every=never)
-
-
-def _bank_and_filter(
-    job: _Job,
-    bank: ReplayBank | str | Path | None,
-    classifier: nn.Module | None,
-    forget_label: int | None,
-    report: Report,
-) -> tuple[ReplayBank, int, list[RunPart]]:
-    """A bank to take steps with; the bytes of the user's own, and what it and its filter take."""
-    config = job.config
-    if isinstance(bank, ReplayBank) or (bank is not None and Path(bank).is_file()):
-        used, seconds = timed(job.denoiser.device, lambda: _obtain_bank(job, bank))
-        part = RunPart("bank", seconds, False, f"read: {len(used)} images")
-        count, states = used.x_t.shape[:2]
-    else:
-        used, part = _small_bank(job, report)
-        count, states = config.replay_samples, config.replay_states
-    parts, size = [part], bank_bytes(job.denoiser.sample_shape, count, states)
-    if config.bank_filter != "none":
-        _, seconds = timed(job.denoiser.device, lambda: _filtered(job, used, classifier, forget_label))
-        done, all_of_them = (number + len(job.images) for number in (len(used), count))
-        basis = f"{done} of {all_of_them} images"
-        parts.append(RunPart("filter", seconds * all_of_them / done, done < all_of_them, basis))
-    return used, size, parts
-
-
-def _small_bank(job: _Job, report: Report) -> tuple[ReplayBank, RunPart]:
-    """Enough trajectories for a step and a check, in whole batches, along a few steps of the sampler."""
-    config = job.config
-    batch = config.inference_batch_size
-    batches = max(BANK_BATCHES, math.ceil(max(config.replay_batch_size, config.check_size) / batch))
-    count, sampler_steps = min(config.replay_samples, batch * batches), min(BANK_STEPS, config.replay_sampler_steps)
-    marks = [time.perf_counter()]
-
-    def on_sample(number: int) -> None:
-        marks.append(time.perf_counter())
-        report("drawing a small bank", min(count, batch * (len(marks) - 1)), count)
-
-    how: dict[str, Any] = {"seed": config.seed, "batch_size": batch, "sampler_steps": sampler_steps}
-    build_bank(job.denoiser, min(count, batch), states=1, **how)  # a warm-up
-    marks[0] = time.perf_counter()
-    small = build_bank(job.denoiser, count, states=min(config.replay_states, sampler_steps), progress=on_sample, **how)
-    # The median, because a moment in which another program computes would be multiplied as well.
-    call = statistics.median(later - earlier for earlier, later in pairwise(marks)) / sampler_steps
-    calls, all_calls = (
-        math.ceil(images / batch) * steps
-        for images, steps in ((count, sampler_steps), (config.replay_samples, config.replay_sampler_steps))
-    )
-    basis = f"{calls} of {all_calls} network calls of {min(count, batch)} images"
-    return small, RunPart("bank", call * all_calls, calls < all_calls, basis)
 
 
 def _rows(
