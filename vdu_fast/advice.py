@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from vdu_fast.profile_record import Profile
+from vdu_fast.profile_record import Profile, duration
 
 # What each rule takes for much. Shares are of a step (update, data, checks) or of the whole run (bank, filter).
 FEW_THREADS = 0.5  # of the cores
@@ -25,19 +25,6 @@ def advise(profile: Profile) -> list[str]:
     return [text for rule in RULES if (text := rule(profile)) is not None]
 
 
-def duration(seconds: float) -> str:
-    """A time for people, with three digits."""
-    if seconds < 1e-3:
-        return f"{1e6 * seconds:.3g} µs"
-    if seconds < 0.9995:
-        return f"{1e3 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 99.95 else f"{seconds / 60:.3g} min" if seconds < 5997 else _hours(seconds)
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h"
-
-
 def unsteady(profile: Profile) -> str | None:
     """Other programs compete for the device, and every figure is worth less."""
     median = profile.seconds_of("forward") + profile.seconds_of("backward")
@@ -45,8 +32,8 @@ def unsteady(profile: Profile) -> str | None:
     if width < UNSTEADY * median:
         return None
     return (
-        f"The network's times vary: half of the steps lie within {width / median:.0%} of the median. Something else "
-        "computes here; the figures are steadier on an idle machine, or with more --profile_steps."
+        f"The network's times vary: the middle half of the steps spreads over {width / median:.0%} of the median. "
+        "Something else computes here; trust the figures of an idle machine, or take more --profile_steps."
     )
 
 
@@ -75,7 +62,9 @@ def bfloat16(profile: Profile) -> str | None:
             f"{profile.machine['device_name']} has no instructions for bfloat16 that are known here; compare with "
             "--precision float32."
         )
-    if "bfloat16" not in profile.probe or (gain := profile.probe["batch"] / profile.probe["bfloat16"]) < BFLOAT16_GAIN:
+    if "bfloat16" not in profile.probe or unsteady(profile):
+        return None
+    if (gain := profile.probe["batch"] / profile.probe["bfloat16"]) < BFLOAT16_GAIN:
         return None
     return (
         f"Forward and backward take {duration(profile.probe['bfloat16'])} in bfloat16 and "
@@ -85,7 +74,7 @@ def bfloat16(profile: Profile) -> str | None:
 
 def small_batch(profile: Profile) -> str | None:
     """A sample costs less in a larger batch."""
-    if "doubled" not in profile.probe:
+    if "doubled" not in profile.probe or unsteady(profile):
         return None
     cost = profile.probe["doubled"] / (2 * profile.probe["batch"])
     if cost > CHEAPER_SAMPLE:

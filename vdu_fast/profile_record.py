@@ -1,4 +1,4 @@
-"""What a profile holds."""
+"""What a profile holds, and how its times and sizes are written."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ class Profile:
         parts: of the whole run.
         step: one step without a check, while nobody records: the marks wait for an accelerator, this does not.
         network: forward and backward of the bare network for as many samples as a step has, and nothing else.
+        overhead: what a step takes beyond the bare network, as a share of that; the median over pairs of neighbours.
         check: one measurement on the fixed batches.
-        probe: forward and backward again, alternating with "doubled", twice the batch, and "bfloat16", under autocast;
-            these two are absent where they make no sense, or would not fit.
+        probe: forward and backward again, the fastest of a few each: "batch" as it is, "doubled" with twice the batch,
+            "bfloat16" under autocast; the last two are absent where they make no sense, or would not fit.
         samples: that pass through the network in one pass of a step: forget images and replayed states.
         passes: of one step.
         parameters, trainable: how many weights the network has, and how many of them may change.
@@ -70,6 +71,7 @@ class Profile:
     parts: list[RunPart]
     step: float
     network: float
+    overhead: float
     check: float
     probe: dict[str, float]
     samples: int
@@ -88,11 +90,6 @@ class Profile:
         """Seconds of the whole run."""
         return sum(part.seconds for part in self.parts)
 
-    @property
-    def overhead(self) -> float:
-        """What a step takes beyond the bare network, as a share of that."""
-        return self.step / (self.network * self.passes) - 1
-
     def seconds_of(self, name: str) -> float:
         """Of a phase in one step; 0 where there is no such phase."""
         return sum(row.seconds for row in self.phases if row.name == name)
@@ -100,3 +97,24 @@ class Profile:
     def part(self, name: str) -> RunPart | None:
         """A part of the run, or None where the run has none such."""
         return next((part for part in self.parts if part.name == name), None)
+
+
+def duration(seconds: float) -> str:
+    """A time for people, with three digits."""
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.3g} µs"
+    if seconds < 0.9995:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 99.95 else f"{seconds / 60:.3g} min" if seconds < 5997 else _hours(seconds)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h"
+
+
+def size(count: int) -> str:
+    """Bytes for people, with three digits."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"

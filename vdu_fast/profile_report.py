@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdu_fast.advice import duration
 from vdu_fast.checkpoint import write_bytes_atomic, write_json_atomic
 from vdu_fast.measuring import STEP
-from vdu_fast.profile_record import Profile
+from vdu_fast.profile_record import Profile, duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,14 +40,6 @@ _TIME, _MEMORY, _RUN = "#0072B2", "#CC79A7", "#009E73"
 _INK, _FAINT = "#1D2530", "#5C6773"
 
 
-def size(count: int) -> str:
-    """Bytes for people, with three digits."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
 def describe(profile: Profile) -> tuple[str, str]:
     """What was profiled, and on what: two lines."""
     settings, machine = profile.settings, profile.machine
@@ -59,7 +50,7 @@ def describe(profile: Profile) -> tuple[str, str]:
         batch += f", {profile.passes} times"
     shape = " x ".join(map(str, profile.sample_shape))
     where = machine["device_name"] if machine["device"] == "cpu" else f"{machine['device_name']} ({machine['device']})"
-    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    threads = f", {machine['threads']} of {machine['cores']} cores" if machine["device"] == "cpu" else ""
     return (
         f"{profile.parameters:,} parameters, pictures {shape}, batch {batch}",
         f"{where}{threads}, {settings['precision']}, backend {machine['backend']}, torch {machine['torch']}",
@@ -99,17 +90,17 @@ def _csv(profile: Profile) -> str:
 
 def print_profile(profile: Profile, advice: Sequence[str], console: Console) -> None:
     """The step, the run, the memory and the advice."""
-    for line in describe(profile):
-        console.print(line, markup=False)
-    console.print()
+    _say(console, "\n".join(describe(profile)) + "\n")
     _print_step(profile, console)
     _print_run(profile, console)
     held = ", ".join(f"{name} {size(count)}" for name, count in profile.held.items())
-    console.print(f"Held all the time: {held}.", markup=False)
-    console.print(f"Memory of the phases: {profile.memory_from}.", markup=False)
-    console.print()
+    _say(console, f"Held all the time: {held}.\nMemory of the phases: {profile.memory_from}.\n")
     for text in advice:
-        console.print(f"- {text}", markup=False)
+        _say(console, f"- {text}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Any:
@@ -128,16 +119,15 @@ def _print_step(profile: Profile, console: Console) -> None:
         spread = f"± {(row.high - row.low) / 2 / row.seconds:.0%}" if row.seconds > 0 else ""
         table.add_row(LABELS[row.name], duration(row.seconds), spread, f"{row.share:.1%}", *memory)
     console.print(table)
-    console.print(
-        "spread: half the distance of the quartiles; memory: what the phase takes; at most: what is taken in all while "
-        "it runs",
-        style="dim",
-        markup=False,
+    _say(
+        console,
+        "Spread: half the distance of the quartiles. Memory: what the phase takes; at most: all that is taken while it "
+        "runs.\nRegularizer and update are one pass over the weights, and cannot be told apart.",
     )
-    console.print(
+    _say(
+        console,
         f"A step without a check took {duration(profile.step)} while nobody recorded, the bare network "
         f"{duration(profile.network * profile.passes)}: unlearning adds {profile.overhead:.1%}.\n",
-        markup=False,
     )
 
 
@@ -148,9 +138,9 @@ def _print_run(profile: Profile, console: Console) -> None:
         table.add_row(
             LABELS[part.name], about + duration(part.seconds), f"{part.seconds / profile.total:.1%}", part.basis
         )
-    table.add_row("in all", f"about {duration(profile.total)}", "", "without loading the model and writing the new one")
+    table.add_row("in all", f"about {duration(profile.total)}", "", "")
     console.print(table)
-    console.print()
+    _say(console, "Not in it: loading the model, writing the new one.\n")
 
 
 def draw(profile: Profile) -> Figure:
@@ -177,7 +167,7 @@ def draw(profile: Profile) -> Figure:
         _bars(
             memory, labels, [float(row.peak or 0) for row in profile.phases], _MEMORY, lambda _, value: size(int(value))
         )
-        memory.set_title("tensors in memory at most, above those held all the time", fontsize=10, loc="left")
+        memory.set_title("tensors at most, above those always held", fontsize=10, loc="left")
         memory.set_yticklabels([])
     shares = [part.seconds / profile.total for part in profile.parts]
     names = [LABELS[part.name] + (" (estimate)" if part.estimate else "") for part in profile.parts]
@@ -202,7 +192,7 @@ def _bars(
     axes.set_yticks(places, labels, fontsize=9)
     axes.invert_yaxis()
     # Room for the text behind the longest bar.
-    axes.set_xlim(0, 1.35 * max(values))
+    axes.set_xlim(0, 1.35 * (max(values) or 1))
     axes.xaxis.set_visible(False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color("#C4CBD2")

@@ -34,7 +34,7 @@ from vdu_fast.measuring import (
 from vdu_fast.phases import PhaseCost, PhaseRecorder
 from vdu_fast.pipelines import denoiser_of
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.profile_record import PhaseRow, Profile, RunPart
+from vdu_fast.profile_record import PhaseRow, Profile, RunPart, duration
 from vdu_fast.replay import ReplayBank
 from vdu_fast.replay_costs import ReplayCosts
 from vdu_fast.tracing import chrome_trace, memory_of_phases
@@ -97,7 +97,7 @@ def profile(
     run, seconds = timed(
         device, lambda: UnlearningRun(job.denoiser, job.images, job.posterior, used, _for_measuring(config))
     )
-    start = RunPart("start", seconds, False, "errors of the model before unlearning")
+    start = RunPart("start", seconds, False, "measured")
     for done in range(warmup):
         run.step()
         report("warming up", done + 1, warmup)
@@ -111,16 +111,18 @@ def profile(
     if replay is not None:
         replay.measure()
     peak = max((row.peak for row in rows if row.peak is not None), default=0)
+    passes = config.samples_per_step * config.accumulate
     step, check = statistics.median(plain), statistics.median(cost.seconds for cost in checks)
     return Profile(
         phases=rows,
         parts=[*(replay.parts() if replay else []), start, *_parts_of_steps(run, config, step, check, scratch)],
         step=step,
         network=statistics.median(network),
+        overhead=statistics.median(whole / (passes * bare) for whole, bare in zip(plain, network, strict=True)) - 1,
         check=check,
         probe=probe(run, peak, report),
         samples=samples_of(run),
-        passes=config.samples_per_step * config.accumulate,
+        passes=passes,
         parameters=sum(parameter.numel() for parameter in job.denoiser.module.parameters()),
         trainable=run.arena.numel,
         sample_shape=job.denoiser.sample_shape,
@@ -178,9 +180,9 @@ def _parts_of_steps(
         path = Path(folder) / "state.safetensors"
         _, save = timed(run.denoiser.device, lambda: save_tensors(path, run.state_dict()))
     return [
-        RunPart("steps", config.steps * step, True, f"{config.steps} x {1000 * step:.3g} ms"),
-        RunPart("checks", checks * check, True, f"{checks} x {1000 * check:.3g} ms"),
-        RunPart("saves", saves * save, True, f"{saves} x {1000 * save:.3g} ms"),
+        RunPart("steps", config.steps * step, True, f"{config.steps} x {duration(step)}"),
+        RunPart("checks", checks * check, True, f"{checks} x {duration(check)}"),
+        RunPart("saves", saves * save, True, f"{saves} x {duration(save)}"),
     ]
 
 

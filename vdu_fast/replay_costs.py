@@ -72,12 +72,11 @@ class ReplayCosts:
         if self._read is not None:
             found = [RunPart("bank", self._read, False, f"{self._count} images read")]
         else:
-            size = min(self._drawn, config.inference_batch_size)
             calls, all_calls = (
                 math.ceil(images / config.inference_batch_size) * steps
                 for images, steps in ((self._drawn, self._steps), (self._count, config.replay_sampler_steps))
             )
-            basis = f"{calls} of {all_calls} network calls of {size} images"
+            basis = f"{calls} of {all_calls} network calls"
             found = [RunPart("bank", self._call * all_calls, calls < all_calls, basis)]
         if config.bank_filter != "none":
             looked_at, all_images = (len(self._job.images) + images for images in (len(self.bank), self._count))
