@@ -74,7 +74,10 @@ CASES = {
     "small_batch": ({"probe": {"batch": 0.5, "doubled": 0.6}}, "1.20 times as long: a sample then costs 60%"),
     "much_bank": ({"parts": bank(60.0)}, "60% of the run (about 60 s). Keep it with --bank FILE"),
     "much_filter": ({"parts": [RunPart("filter", 30.0, True, ""), RunPart("steps", 70.0, True, "")]}, "30% of the run"),
-    "much_checking": ({"seconds": {"check": 0.2}, "check": 2.0}, "--check_every 43 (now 10) makes that 5%"),
+    "much_checking": (
+        {"parts": [RunPart("checks", 20.0, True, ""), RunPart("steps", 80.0, True, "")], "check": 2.0},
+        "20% of the run. --check_every 43 (now 10) makes them 5% of the steps",
+    ),
     "much_update": ({"seconds": {"update": 0.2}}, "128 samples are few for 1,000 weights"),
     "much_data": ({"seconds": {"data": 0.2}}, "Making the batch is 20% of a step"),
     "mostly_network": ({"seconds": {"forward": 0.6}}, "forward and backward are 95% of a step"),

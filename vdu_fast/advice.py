@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vdu_fast.profile_record import Profile, duration
 
-# What each rule takes for much. Shares are of a step (update, data, checks) or of the whole run (bank, filter).
+# What each rule takes for much. Shares are of a step (update, data, network) or of the whole run (bank, filter, checks).
 FEW_THREADS = 0.5  # of the cores
 BFLOAT16_GAIN = 1.1  # times faster
 CHEAPER_SAMPLE = 0.85  # cost of a sample in twice the batch, against one in the batch
@@ -114,15 +114,15 @@ def much_filter(profile: Profile) -> str | None:
 
 
 def much_checking(profile: Profile) -> str | None:
-    """Measuring on the fixed batches takes a large part of the steps."""
-    row = next(row for row in profile.phases if row.name == "check")
-    if row.share < MUCH_CHECKING:
+    """Measuring on the fixed batches takes a large part of the run."""
+    checks = profile.part("checks")
+    if checks is None or checks.seconds < MUCH_CHECKING * profile.total:
         return None
     fair = math.ceil(profile.check / (FAIR_CHECKING * profile.step))
     return (
-        f"The checks are {row.share:.0%} of a step. --check_every {fair} (now {profile.settings['check_every']}) makes "
-        f"that {FAIR_CHECKING:.0%}; --target_ratio and --rollback then look as seldom. --check_size (now "
-        f"{profile.settings['check_size']}) makes each shorter."
+        f"The checks are {checks.seconds / profile.total:.0%} of the run. --check_every {fair} (now "
+        f"{profile.settings['check_every']}) makes them {FAIR_CHECKING:.0%} of the steps; --target_ratio and --rollback "
+        f"then look as seldom. --check_size (now {profile.settings['check_size']}) makes each shorter."
     )
 
 
