@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 
@@ -178,6 +179,12 @@ class TestFiles:
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 10
         assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+    def test_a_device_that_tells_nothing_of_its_memory_has_times_alone(self, found, tmp_path):
+        phases = [dataclasses.replace(row, peak=None, rise=None) for row in found.phases]
+        save_profile(dataclasses.replace(found, phases=phases), tmp_path, [])
+        assert ",,,False," in (tmp_path / "profile.csv").read_text()
+        assert (tmp_path / "profile.png").stat().st_size > 10_000
 
 
 @pytest.fixture(scope="module")

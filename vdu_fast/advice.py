@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vdu_fast.profile_record import Profile, duration
 
-# What each rule takes for much. Shares are of a step (update, data, network) or of the whole run (bank, filter, checks).
+# What each rule takes for much: shares of the whole run (bank, filter, checks) or of a step (update, data, network).
 FEW_THREADS = 0.5  # of the cores
 BFLOAT16_GAIN = 1.1  # times faster
 CHEAPER_SAMPLE = 0.85  # cost of a sample in twice the batch, against one in the batch
@@ -121,8 +121,8 @@ def much_checking(profile: Profile) -> str | None:
     fair = math.ceil(profile.check / (FAIR_CHECKING * profile.step))
     return (
         f"The checks are {checks.seconds / profile.total:.0%} of the run. --check_every {fair} (now "
-        f"{profile.settings['check_every']}) makes them {FAIR_CHECKING:.0%} of the steps; --target_ratio and --rollback "
-        f"then look as seldom. --check_size (now {profile.settings['check_size']}) makes each shorter."
+        f"{profile.settings['check_every']}) makes them {FAIR_CHECKING:.0%} of the steps; --target_ratio and "
+        f"--rollback then look as seldom. --check_size (now {profile.settings['check_size']}) makes each shorter."
     )
 
 

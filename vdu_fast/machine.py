@@ -11,6 +11,8 @@ import torch
 from vdu_fast.memory import available_memory
 
 CPUINFO = Path("/proc/cpuinfo")
+# The accelerators whose allocators torch can ask.
+METERED = ("cuda", "xpu")
 # Instructions that compute in bfloat16: of x86 and of ARM.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -43,6 +45,8 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that may still be allocated on the device; None where nothing says so."""
     if device.type == "cpu":
         return available_memory()
+    if device.type not in METERED:
+        return None
     free, _ = torch.accelerator.get_memory_info(device)
     # What torch holds but does not use is free to it as well.
     return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)

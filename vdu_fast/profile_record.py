@@ -58,8 +58,9 @@ class Profile:
         probe: forward and backward again, the fastest of a few each: "batch" as it is, "doubled" with twice the batch,
             "bfloat16" under autocast; the last two are absent where they make no sense, or would not fit.
         samples: that pass through the network in one pass of a step: forget images and replayed states.
-        passes: of one step.
+        passes: of one step through the network.
         parameters, trainable: how many weights the network has, and how many of them may change.
+        sample_shape: (C, H, W) of a picture.
         held: what lies in memory all the time.
         memory_from: where the phases' memory figures come from.
         machine: device, device_name, threads, cores, backend, torch, and whether the device computes in bfloat16.
@@ -105,11 +106,9 @@ def duration(seconds: float) -> str:
         return f"{1e6 * seconds:.3g} µs"
     if seconds < 0.9995:
         return f"{1e3 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 99.95 else f"{seconds / 60:.3g} min" if seconds < 5997 else _hours(seconds)
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h"
+    if seconds < 99.95:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 5997 else f"{seconds / 3600:,.1f} h"
 
 
 def size(count: int) -> str:

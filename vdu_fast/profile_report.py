@@ -59,11 +59,9 @@ def describe(profile: Profile) -> tuple[str, str]:
 
 def record(profile: Profile, advice: Sequence[str]) -> dict[str, Any]:
     """What profile.json holds: everything but the trace."""
-    fields = {
-        field.name: getattr(profile, field.name) for field in dataclasses.fields(profile) if field.name != "trace"
-    }
-    rows = {name: [dataclasses.asdict(row) for row in fields[name]] for name in ("phases", "parts")}
-    return fields | rows | {"total": profile.total, "overhead": profile.overhead, "advice": list(advice)}
+    fields = dataclasses.asdict(profile)
+    del fields["trace"]
+    return fields | {"total": profile.total, "advice": list(advice)}
 
 
 def save_profile(profile: Profile, folder: Path, advice: Sequence[str]) -> None:
@@ -154,19 +152,16 @@ def draw(profile: Profile) -> Figure:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=[3, 2], hspace=0.1)
     figure.suptitle("\n".join(describe(profile)), fontsize=10, color=_INK, x=0.01, ha="left")
-    labels = [LABELS[row.name] for row in profile.phases]
     times, memory, run = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[0, 1], grid[1, :]))
-    _bars(
-        times, labels, [row.seconds for row in profile.phases], _TIME, _with_shares([r.share for r in profile.phases])
-    )
-    times.set_title(f"one step: {duration(sum(row.seconds for row in profile.phases))}", fontsize=10, loc="left")
-    if any(row.peak is None for row in profile.phases):
+    phases = profile.phases
+    seconds, labels = [row.seconds for row in phases], [LABELS[row.name] for row in phases]
+    _bars(times, labels, seconds, _TIME, _with_shares([row.share for row in phases]))
+    times.set_title(f"one step: {duration(sum(seconds))}", fontsize=10, loc="left")
+    if any(row.peak is None for row in phases):
         memory.set_axis_off()
-        memory.text(0, 0.5, "no record of this phase's memory", color=_FAINT)
+        memory.text(0, 0.5, f"memory: {profile.memory_from}", fontsize=9, color=_FAINT)
     else:
-        _bars(
-            memory, labels, [float(row.peak or 0) for row in profile.phases], _MEMORY, lambda _, value: size(int(value))
-        )
+        _bars(memory, labels, [row.peak or 0 for row in phases], _MEMORY, lambda _, value: size(int(value)))
         memory.set_title("tensors at most, above those always held", fontsize=10, loc="left")
         memory.set_yticklabels([])
     shares = [part.seconds / profile.total for part in profile.parts]

@@ -20,7 +20,7 @@ from vdu_fast.checkpoint import save_tensors
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
-from vdu_fast.machine import AcceleratorMeter, cores, device_name, has_bfloat16
+from vdu_fast.machine import METERED, AcceleratorMeter, cores, device_name, has_bfloat16
 from vdu_fast.measuring import (
     STEP,
     Report,
@@ -47,6 +47,7 @@ QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 # How often the check is measured.
 CHECKS = 3
 FROM_TRACE = "torch.profiler's records of the CPU's tensor allocations; scratch space of libraries is not in them"
+FROM_NOTHING = "not known on this kind of device"
 FROM_DEVICE = "the device allocator's peak, torch.accelerator.max_memory_allocated"
 
 
@@ -101,12 +102,15 @@ def profile(
     for done in range(warmup):
         run.step()
         report("warming up", done + 1, warmup)
-    on_cpu = device.type == "cpu"
-    recorder = PhaseRecorder(device, meter=None if on_cpu else AcceleratorMeter(device))
+    recorder = PhaseRecorder(device, meter=AcceleratorMeter(device) if device.type in METERED else None)
     trace = chrome_trace(lambda: (recorded_step(run, recorder), recorded_step(run, recorder, check=True)))
     marked, plain, network = alternating_steps(run, recorder, steps, report)
     checks = [recorded_step(run, recorder, check=True)["check"] for _ in range(CHECKS)]
-    memory = memory_of_phases(trace, STEP) if on_cpu else highest([*marked, *({"check": cost} for cost in checks)])
+    memory: dict[str, PhaseCost] = {}
+    if device.type == "cpu":
+        memory = memory_of_phases(trace, STEP)
+    elif device.type in METERED:
+        memory = highest([*marked, *({"check": cost} for cost in checks)])
     rows = _rows(marked, checks, memory, config)
     if replay is not None:
         replay.measure()
@@ -127,7 +131,7 @@ def profile(
         trainable=run.arena.numel,
         sample_shape=job.denoiser.sample_shape,
         held=_held(run) | ({"bank": replay.nbytes} if replay else {}),
-        memory_from=FROM_TRACE if on_cpu else FROM_DEVICE,
+        memory_from=FROM_TRACE if device.type == "cpu" else FROM_DEVICE if memory else FROM_NOTHING,
         machine=_machine(device),
         settings=asdict(config),
         trace=trace,
