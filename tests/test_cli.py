@@ -264,6 +264,19 @@ class TestCommands:
         assert 0 in codes
         assert ImageClassifier.load(classifier).class_names == ("0", "1")
 
+    def test_evaluation_writes_the_samples_it_drew_and_reads_them(self, cli, model, tmp_path):
+        where = ["--before", model, "--after", model, "--data", "digits", "--forget", "3"]
+        flags = [*where, "--original_samples", tmp_path / "drawn.safetensors", *TINY_EVALUATE]
+        metrics = []
+        for name in "ab":
+            assert cli("evaluate", *flags, "--output", tmp_path / name)[0] == 0
+            metrics.append(json.loads((tmp_path / name / "metrics.json").read_text())["u_fid"])
+            written = (tmp_path / "drawn.safetensors").stat().st_mtime_ns
+        assert metrics[0] == metrics[1]
+        code, _, err = cli("evaluate", *flags, "--output", tmp_path / "c", "--seed", 99)
+        assert (code, "was drawn with seed" in err) == (2, True)
+        assert (tmp_path / "drawn.safetensors").stat().st_mtime_ns == written
+
     def test_posterior_of_a_single_model(self, cli, model, tmp_path):
         output = tmp_path / "posterior.safetensors"
         code, out, err = cli(

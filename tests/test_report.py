@@ -58,7 +58,7 @@ def example(channels: int = 1, size: int = 8, samples: int = 30) -> Evaluation:
         "warnings": ["the floor has 300 images"],
     }
     classifier = ImageClassifier(channels, (size, size), NAMES)
-    return Evaluation(metrics, images[0], images[1], labels_before, labels_after, NAMES, 1, classifier)
+    return Evaluation(metrics, images[0], images[1], labels_before, labels_after, NAMES, 1, classifier, images[0])
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from vdu_fast.errors import InputError
+from vdu_fast.errors import InputError, check_choices
+from vdu_fast.execution import CompileMode, Execution, Precision
 from vdu_fast.objective import ObjectiveReduction, Saturation
 from vdu_fast.optim import Family, OptimizerName
 from vdu_fast.schedule import TimestepWeighting
@@ -60,7 +61,12 @@ class UnlearnConfig:
         inference_batch_size: images per network call of the bank, its filter and the measurements, which need no
             gradient. Lower it where large pictures run out of memory; it changes results by float rounding only.
         save_every: steps between saves of the state that --resume needs.
-        precision: "float32" or "bfloat16" (autocast of the network).
+        precision: "float32" or "bfloat16" (autocast of the network, wherever it is called).
+        channels_last: run the network in the channels-last memory layout.
+        compile: "off", or a mode of torch.compile ("default", "reduce-overhead", "max-autotune") for the network calls
+            of the steps and the bank. Compiling takes a minute or more, and pays for large networks on a GPU, where
+            "reduce-overhead" replays CUDA graphs.
+        prefetch: on a GPU, gather the next minibatch while the device works on this one.
         device: "auto" takes CUDA where there is one.
         seed: of batches, timesteps, noise and the bank.
     """
@@ -101,15 +107,15 @@ class UnlearnConfig:
     check_size: int = 256
     inference_batch_size: int = 250
     save_every: int = 25
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: CompileMode = "off"
+    prefetch: bool = True
     device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, annotation in get_type_hints(type(self)).items():
-            if get_origin(annotation) is Literal and getattr(self, name) not in get_args(annotation):
-                accepted = ", ".join(get_args(annotation))
-                raise InputError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}.")
+        check_choices(self)
         if not 0 <= self.gamma < 1:
             raise InputError(
                 f"gamma must be in [0, 1), got {self.gamma}: at 0 no weight is tied, near 1 nothing is forgotten."
@@ -164,3 +170,8 @@ class UnlearnConfig:
                 )
         # list() would take a lone pattern apart, and the "*" in it would then match everything.
         self.trainable = [self.trainable] if isinstance(self.trainable, str) else list(self.trainable)
+
+    @property
+    def execution(self) -> Execution:
+        """How the network is run."""
+        return Execution(self.precision, self.channels_last, self.compile)

@@ -32,7 +32,8 @@ from vdu_fast.classifier import (
     train_classifier,
 )
 from vdu_fast.data import ImageSet
-from vdu_fast.errors import InputError
+from vdu_fast.errors import InputError, check_choices
+from vdu_fast.execution import CompileMode, Execution, Precision
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.sampling import sample_images
 
@@ -56,6 +57,9 @@ class EvaluationConfig:
         classifier_seed: seed of the classifier, where one has to be trained.
         loss_images: most images over which the noise-prediction losses are averaged.
         loss_timesteps: number of timesteps, evenly spaced, over which they are averaged.
+        precision: "float32" or "bfloat16" (autocast of both networks), which is faster and draws slightly other images.
+        channels_last: run both networks in the channels-last memory layout.
+        compile: "off", or a mode of torch.compile for drawing the samples; pays for many samples or large networks.
     """
 
     samples: int = 1000
@@ -66,12 +70,21 @@ class EvaluationConfig:
     classifier_seed: int = 4321
     loss_images: int = 128
     loss_timesteps: int = 10
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: CompileMode = "off"
 
     def __post_init__(self) -> None:
         least = {"samples": 2, "max_real": 2}
         for name in ("samples", "sampler_steps", "batch_size", "max_real", "loss_images", "loss_timesteps"):
             if (value := getattr(self, name)) < (minimum := least.get(name, 1)):
                 raise InputError(f"{name}: got {value}; accepted are whole numbers from {minimum} up. Raise it.")
+        check_choices(self)
+
+    @property
+    def execution(self) -> Execution:
+        """How the networks are run."""
+        return Execution(self.precision, self.channels_last, self.compile)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ class Evaluation:
         class_names: names of the classes.
         forget: index of the forgotten class.
         classifier: the network that counted, and whose features measured.
+        original_samples: all that was drawn from the original model, numbered from 0; `before` are the first of them.
     """
 
     metrics: dict[str, Any]
@@ -95,6 +109,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     forget: int
     classifier: ImageClassifier
+    original_samples: Tensor
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     _check(before, after, train, heldout, forget)
+    before.execution = after.execution = config.execution
     report = progress or (lambda stage, done, total: None)
     if classifier is None:
         classifier = train_classifier(
@@ -262,14 +278,23 @@ class _Comparison:
             "warnings": self.warnings,
         }
         pictures = original.images, unlearned.images, original.labels, unlearned.labels
-        return Evaluation(metrics, *pictures, self.train.class_names, self.forget, self.classifier)
+        assert self.original_samples is not None
+        names = self.train.class_names
+        return Evaluation(metrics, *pictures, names, self.forget, self.classifier, self.original_samples)
 
     def draw(self, denoiser: Denoiser, argument: str, count: int, *, first: int = 0) -> _Drawn:
+        """The samples first .. first + count - 1; of the original model, those that are there are not drawn again."""
+        known = self.original_samples if denoiser is self.before else None
+        start = first if known is None else min(max(first, len(known)), first + count)
+        images = self.sample(denoiser, argument, first + count - start, first=start)
+        if known is not None:
+            images = torch.cat([known[first:start], images])
+        if denoiser is self.before:
+            self.original_samples = images if known is None else torch.cat([known, images[len(known) - first :]])
+        return _Drawn(images, *self.classifier.embed_and_classify(images))
+
+    def sample(self, denoiser: Denoiser, argument: str, count: int, *, first: int) -> Tensor:
         config, done = self.config, 0
-        drawn_before = self.original_samples if denoiser is self.before else None
-        if drawn_before is not None and first + count <= len(drawn_before):
-            images = drawn_before[first : first + count]
-            return _Drawn(images, *self.classifier.embed_and_classify(images))
 
         def finished(images: int) -> None:
             nonlocal done
@@ -283,7 +308,7 @@ class _Comparison:
                 f"{argument}: the model draws NaN or infinity; only finite images can be judged. Its weights are "
                 "damaged: unlearn again with a smaller learning rate, or give an intact model."
             )
-        return _Drawn(images, *self.classifier.embed_and_classify(images))
+        return images
 
     def oracle(self, original: _Drawn) -> tuple[Tensor, int]:
         """Features of `samples` original samples outside the forgotten class, and how many were drawn on top.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -39,20 +38,15 @@ def timed(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:
 
 def recorded_step(run: UnlearningRun, recorder: PhaseRecorder, *, check: bool = False) -> dict[str, PhaseCost]:
     """The phases of one step, with a check in it or without."""
-    with _changed(run, check_every=1 if check else run.config.check_every), recorder.recording(), phase(STEP):
-        run.step()
-    return recorder.take()
-
-
-@contextmanager
-def _changed(run: UnlearningRun, **settings: Any) -> Iterator[None]:
-    """Other settings for the steps in the block."""
-    before = run.config
-    run.config = replace(before, **settings)
+    given = run.config
+    if check:
+        run.config = replace(given, check_every=1)
     try:
-        yield
+        with recorder.recording(), phase(STEP):
+            run.step()
     finally:
-        run.config = before
+        run.config = given
+    return recorder.take()
 
 
 def alternating_steps(
@@ -84,25 +78,31 @@ def _batch(run: UnlearningRun, times: int) -> tuple[Tensor, Tensor]:
 
 def _forward_backward(run: UnlearningRun, x_t: Tensor, timesteps: Tensor) -> None:
     """The network and nothing of unlearning, with the simplest loss that there is."""
-    run._predict(x_t, timesteps).float().square().mean().backward()
+    run.denoiser.predict(x_t, timesteps, repeated=True).float().square().mean().backward()
 
 
 def probe(run: UnlearningRun, peak: int, report: Report) -> dict[str, float]:
-    """Forward and backward as they are, with twice the batch, and in bfloat16, in turn; the fastest."""
-    device = run.denoiser.device
-    kinds = {"batch": (1, run.config.precision)}
-    free = free_memory(device)
-    if free is None or 2 * peak < SAFE_SHARE * free:
-        kinds["doubled"] = (2, run.config.precision)
-    if run.config.precision == "float32" and run.denoiser.dtype == torch.float32 and has_bfloat16(device):
-        kinds["bfloat16"] = (1, "bfloat16")
+    """Forward and backward as they are, and with one thing changed, in turn; the fastest of each.
+
+    A compiled network is left as it is: compiling it for each of the others takes longer than the rest of a profile.
+    """
+    denoiser, device = run.denoiser, run.denoiser.device
+    given, free = denoiser.execution, free_memory(device)
+    kinds = {"batch": (1, given)}
+    if given.compile == "off":
+        if free is None or 2 * peak < SAFE_SHARE * free:
+            kinds["doubled"] = (2, given)
+        if not given.channels_last:
+            kinds["channels_last"] = (1, replace(given, channels_last=True))
+        if given.precision == "float32" and denoiser.dtype == torch.float32 and has_bfloat16(device):
+            kinds["bfloat16"] = (1, replace(given, precision="bfloat16"))
     batches = {times: _batch(run, times) for times in {times for times, _ in kinds.values()}}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for done in range(PROBES + 1):
-        for kind, (times, precision) in kinds.items():
-            with _changed(run, precision=precision):
-                seconds[kind].append(timed(device, partial(_forward_backward, run, *batches[times]))[1])
-        report("other batches and precisions", done + 1, PROBES + 1)
+        for kind, (times, denoiser.execution) in kinds.items():
+            seconds[kind].append(timed(device, partial(_forward_backward, run, *batches[times]))[1])
+        report("trying other settings", done + 1, PROBES + 1)
+    denoiser.execution = given
     # The first of each is its warm-up.
     return {kind: min(values[1:]) for kind, values in seconds.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vdu_fast.checkpoint import current_umask, replacing_folder
 from vdu_fast.errors import InputError
+from vdu_fast.execution import Execution
 from vdu_fast.modules import unwrapped
 from vdu_fast.schedule import NoiseSchedule
 
@@ -28,6 +29,9 @@ class Denoiser:
             field (`sample`) is one. An output of twice the channels is read as (prediction, learned variance).
         scheduler: the diffusers scheduler it was trained with, or a NoiseSchedule.
         sample_shape: (C, H, W) of one image.
+
+    Attributes:
+        execution: how the network is run, plainly at first; may be set at any time.
     """
 
     def __init__(self, module: nn.Module, scheduler: Any, sample_shape: tuple[int, int, int]) -> None:
@@ -35,6 +39,8 @@ class Denoiser:
         self.scheduler = scheduler
         self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         self.sample_shape = sample_shape
+        self.execution = Execution()
+        self._compiled: tuple[str, Callable[..., Any]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,14 +50,25 @@ class Denoiser:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
-    def predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's prediction, of the shape of x_t [B, C, H, W], for schedule indices timesteps int64 [B]."""
-        output = self.module(x_t.to(self.dtype), self.schedule.model_timesteps(timesteps))
+    def predict(self, x_t: Tensor, timesteps: Tensor, *, repeated: bool = False) -> Tensor:
+        """The network's prediction, of the shape of x_t [B, C, H, W], for schedule indices timesteps int64 [B].
+
+        `repeated` calls come many times with one B: these are compiled, where `execution` says so.
+        """
+        network = self._compiled_module() if repeated else self.module
+        output = self.execution.call(network, x_t.to(self.dtype), self.schedule.model_timesteps(timesteps))
         if not isinstance(output, Tensor):
             output = output.sample if hasattr(output, "sample") else output[0]
         if output.shape[1] == 2 * x_t.shape[1]:
             output = output[:, : x_t.shape[1]]
-        return output
+        # Samplers and losses go on from here in the model's own dtype, whatever autocast left.
+        return output.to(self.dtype)
+
+    def _compiled_module(self) -> Callable[..., Any]:
+        mode = self.execution.compile
+        if self._compiled is None or self._compiled[0] != mode:
+            self._compiled = mode, self.execution.compiled(self.module)
+        return self._compiled[1]
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

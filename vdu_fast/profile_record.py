@@ -56,7 +56,7 @@ class Profile:
         overhead: what a step takes beyond the bare network, as a share of that; the median over pairs of neighbours.
         check: one measurement on the fixed batches.
         probe: forward and backward again, the fastest of a few each: "batch" as it is, "doubled" with twice the batch,
-            "bfloat16" under autocast; the last two are absent where they make no sense, or would not fit.
+            "bfloat16", "channels_last"; all but the first are absent where they make no sense, or would not fit.
         samples: that pass through the network in one pass of a step: forget images and replayed states.
         passes: of one step through the network.
         parameters, trainable: how many weights the network has, and how many of them may change.

@@ -138,7 +138,7 @@ def _print_run(profile: Profile, console: Console) -> None:
         )
     table.add_row("in all", f"about {duration(profile.total)}", "", "")
     console.print(table)
-    _say(console, "Not in it: loading the model, writing the new one.\n")
+    _say(console, "Not in it: loading the model, compiling it, writing the new one.\n")
 
 
 def draw(profile: Profile) -> Figure:

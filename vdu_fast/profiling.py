@@ -69,7 +69,7 @@ def profile(
     """Take a few steps of unlearning on a copy of the model, and measure where the time and the memory go.
 
     What was measured by steps is exact for these steps; the whole run is extrapolated from them, and a bank that is not
-    there yet from a small one. Not in it: the loading of the model, and the writing of the new pipeline.
+    there yet from a small one. Not in it: loading the model, compiling it, and writing the new pipeline.
 
     Args:
         model: as for `unlearn`; left as it is, bit for bit.
@@ -99,6 +99,25 @@ def profile(
         device, lambda: UnlearningRun(job.denoiser, job.images, job.posterior, used, _for_measuring(config))
     )
     start = RunPart("start", seconds, False, "measured")
+    try:
+        return _measure(run, replay, start, config, steps=steps, warmup=warmup, scratch=scratch, report=report)
+    finally:
+        run.release()
+
+
+def _measure(
+    run: UnlearningRun,
+    replay: ReplayCosts | None,
+    start: RunPart,
+    config: UnlearnConfig,
+    *,
+    steps: int,
+    warmup: int,
+    scratch: Path | str | None,
+    report: Report,
+) -> Profile:
+    """Everything that a run tells; `config` is the user's, not the run's own."""
+    device = run.denoiser.device
     for done in range(warmup):
         run.step()
         report("warming up", done + 1, warmup)
@@ -127,9 +146,9 @@ def profile(
         probe=probe(run, peak, report),
         samples=samples_of(run),
         passes=passes,
-        parameters=sum(parameter.numel() for parameter in job.denoiser.module.parameters()),
+        parameters=sum(parameter.numel() for parameter in run.denoiser.module.parameters()),
         trainable=run.arena.numel,
-        sample_shape=job.denoiser.sample_shape,
+        sample_shape=run.denoiser.sample_shape,
         held=_held(run) | ({"bank": replay.nbytes} if replay else {}),
         memory_from=FROM_TRACE if device.type == "cpu" else FROM_DEVICE if memory else FROM_NOTHING,
         machine=_machine(device),

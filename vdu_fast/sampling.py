@@ -86,13 +86,15 @@ def sample_images(
     with denoiser.evaluating():
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
-            shape = (rows.stop - rows.start, *denoiser.sample_shape)
+            # A compiled network is compiled again for every other size, so its last batch is filled up.
+            drawn = min(batch_size, count) if denoiser.execution.compile != "off" else rows.stop - start
             offset = (first + start) * numel
-            x_t = standard_normal(shape, seed, stream=stream, offset=offset).to(denoiser.device, denoiser.dtype)
-            x_0 = _denoise(denoiser, sampler_for(denoiser, steps), x_t, rows, observer)
+            x_t = standard_normal((drawn, *denoiser.sample_shape), seed, stream=stream, offset=offset)
+            x_t = x_t.to(denoiser.device, denoiser.dtype)
+            x_0 = _denoise(denoiser, sampler_for(denoiser, steps), x_t, rows, observer)[: rows.stop - start]
             images[rows] = x_0.float().cpu().clamp_(-1, 1)
             if progress is not None:
-                progress(shape[0])
+                progress(rows.stop - start)
     return images
 
 
@@ -102,8 +104,9 @@ def _denoise(denoiser: Denoiser, sampler: Any, x_t: Tensor, rows: slice, observe
         # A shift below 1 crowds the last steps at the clean end, where a timestep may round to 0: before the first.
         index = (timestep.round().long() - 1).clamp(min=0) if flow else timestep
         timesteps = index.to(x_t.device).expand(len(x_t))
-        prediction = denoiser.predict(x_t, timesteps)
+        prediction = denoiser.predict(x_t, timesteps, repeated=True)
         if observer is not None:
-            observer(rows, timesteps, x_t, prediction)
+            kept = rows.stop - rows.start
+            observer(rows, timesteps[:kept], x_t[:kept], prediction[:kept])
         x_t = sampler.step(prediction, timestep, x_t).prev_sample
     return x_t

@@ -222,6 +222,7 @@ def _check_inputs(
         if not parameter.isfinite().all():
             raise InputError(f"the model's {name} holds NaN or infinity; give an intact model.")
     denoiser.module.to(pick_device(config.device, denoiser.module))
+    denoiser.execution = config.execution
     return _Job(model, denoiser, images.float(), posterior, config, observers, None)
 
 

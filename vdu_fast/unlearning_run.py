@@ -20,6 +20,7 @@ from vdu_fast.optim import UpdateRule, VariationalWeights
 from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.prefetch import Prefetcher
 from vdu_fast.probe import NoisePredictionProbe, ReplayProbe, error_curve
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices, randint
@@ -63,7 +64,17 @@ class UnlearningRun:
         check_run(denoiser, posterior, config)
         self.window = config.timestep_window or (0, total)
         self.timestep_weights = denoiser.schedule.timestep_weights(config.weighting)
+        # On the device, where looking one up does not wait for the host.
+        self._step_weights = self.timestep_weights.to(denoiser.device, torch.float32)
         self.arena = Arena(denoiser.module, config.trainable)
+        self._replay_batch: Prefetcher | None = None
+        if bank is not None:
+            self._replay_batch = Prefetcher(
+                lambda draw: bank.batch(config.replay_batch_size, draw, config.seed),
+                denoiser.device,
+                enabled=config.prefetch,
+            )
+        denoiser.execution = config.execution
         # Dropout would draw from a generator that no resumed run can restore.
         self._training = denoiser.module.training
         denoiser.module.eval()
@@ -221,20 +232,20 @@ class UnlearningRun:
     @phase("loss")  # all of it that is in no other phase
     def _network_gradient(self, draw: int, *, forgetting: bool) -> dict[str, float]:
         """Losses of the terms that pass through the network at the weights in the arena, whose gradient they leave."""
-        config, device = self.config, self.denoiser.device
+        config = self.config
         x0, x_t, timesteps = self._forget_batch(draw)
         forget = len(x_t)
         replay_target = None
         with phase("data"):
-            if self.bank is not None:
+            if self._replay_batch is not None:
                 # One network call for both halves: at these sizes a call costs more than its samples.
-                replayed = self.bank.batch(config.replay_batch_size, draw, config.seed)
-                replay_x_t, replay_timesteps, replay_target = (v.to(device) for v in replayed)
+                replay_x_t, replay_timesteps, replay_target = self._replay_batch(draw)
                 x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
-            weight = self.timestep_weights[timesteps.cpu()].to(device, torch.float32)
+            weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
         reference = self._reference_error(draw, x_t[:forget], *batch) if config.saturation == "npo" else None
-        prediction = self._predict(x_t, timesteps)
+        with phase("forward"):
+            prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
         error = self._forget_error(prediction[:forget], draw, *batch)
         before = self.start_curve[timesteps[:forget]]
         ascent = ascent_loss(
@@ -262,11 +273,6 @@ class UnlearningRun:
             prediction, mixed.pop("target", None), weight, seed=self.config.seed, draw=draw, **mixed
         )
 
-    @phase("forward")
-    def _predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.denoiser.predict(x_t, timesteps)
-
     @phase("data")
     def _forget_batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
         """x_0, x_t and timesteps; the noise in x_t is that of (seed, draw), which the loss draws again."""
@@ -283,7 +289,9 @@ class UnlearningRun:
         self._in_network = None  # first: whatever fails below, the network no longer holds what it held
         with torch.no_grad():
             self.arena.theta.copy_(self.weights.center)
-            error = self._forget_error(self._predict(x_t, timesteps), draw, x0, timesteps, weight)
+            with phase("forward"):
+                prediction = self.denoiser.predict(x_t, timesteps)
+            error = self._forget_error(prediction, draw, x0, timesteps, weight)
         self._put(draw)
         return error
 
@@ -345,6 +353,8 @@ class UnlearningRun:
     def release(self) -> None:
         """Give the parameters storage of their own again, and the module its mode."""
         self.arena.release()
+        if self._replay_batch is not None:
+            self._replay_batch.close()
         self.denoiser.module.train(self._training)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from vdu_fast.checkpoint import fingerprint, prepare_output
 from vdu_fast.classifier import ImageClassifier
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
 from vdu_fast.cli.runtime import load_data, running
+from vdu_fast.drawn import load_samples, save_samples
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import Evaluation, EvaluationConfig, evaluate
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
@@ -33,6 +34,8 @@ class EvaluateFiles:
         forget: name or number of the forgotten class.
         output: folder for report.html, metrics.json and pictures.
         classifier: the classifier's file; read when it exists, otherwise one is trained and written there.
+        original_samples: file of samples of the original model; read when it exists, otherwise written there, so that
+            many changes of one model are evaluated and it is drawn from once.
         device: where the models run; "auto" takes CUDA where there is one.
         overwrite: accept an output folder that is not empty.
         resize: bring every picture to N x N pixels first.
@@ -45,6 +48,7 @@ class EvaluateFiles:
     forget: str
     output: str
     classifier: str | None = None
+    original_samples: str | None = None
     device: str = "auto"
     overwrite: bool = False
     resize: int | None = None
@@ -56,6 +60,7 @@ def build_parser() -> CommandParser:
         "evaluate", "Measure what a model forgot and what that cost, beside references, and write a report."
     )
     names = {"before": "DIR", "after": "DIR", "output": "DIR", "data": "DATA", "forget": "CLASS", "classifier": "FILE"}
+    names["original_samples"] = "FILE"
     parser.add_settings(EvaluateFiles, "input and output", **names)
     parser.add_settings(EvaluationConfig, "how it is measured")
     parser.add_settings(CommonOptions, "how it runs")
@@ -66,8 +71,9 @@ def build_parser() -> CommandParser:
 def run(arguments: Namespace, command: list[str]) -> int:
     files, config = take(EvaluateFiles, arguments), take(EvaluationConfig, arguments)
     began = time.perf_counter()
-    if files.classifier is not None and Path(files.classifier).is_dir():
-        raise InputError(f"--classifier {files.classifier} is a folder; name a .safetensors file in it.")
+    for flag in ("classifier", "original_samples"):
+        if (file := getattr(files, flag)) is not None and Path(file).is_dir():
+            raise InputError(f"--{flag} {file} is a folder; name a .safetensors file in it.")
     for flag in ("before", "after"):
         if Path(files.output).resolve() == Path(getattr(files, flag)).resolve():
             raise InputError(f"--output {files.output} is --{flag} itself; name another folder for the report.")
@@ -112,6 +118,7 @@ def _evaluate(
     heldout = load_data(files.data, split="heldout", **how)  # type: ignore[arg-type]
     path = Path(files.classifier) if files.classifier is not None else None
     known = path is not None and path.is_file()
+    drawn = Path(files.original_samples) if files.original_samples is not None else None
     evaluation = evaluate(
         before,
         after,
@@ -120,10 +127,13 @@ def _evaluate(
         forget=train.class_index(files.forget),
         config=config,
         classifier=ImageClassifier.load(path) if path is not None and known else None,
+        original_samples=load_samples(drawn, before, config) if drawn is not None and drawn.is_file() else None,
         progress=display.update,
     )
     if path is not None and not known:
         evaluation.classifier.save(path)
+    if drawn is not None:
+        save_samples(drawn, evaluation.original_samples, before, config)
     return evaluation
 
 
