@@ -120,7 +120,7 @@ def _print_step(profile: Profile, console: Console) -> None:
     _say(
         console,
         "Spread: half the distance of the quartiles. Memory: what the phase takes; at most: all that is taken while it "
-        "runs.\nRegularizer and update are one pass over the weights, and cannot be told apart.",
+        "runs.\nRegularizer, update and the next weights are one pass, and cannot be told apart.",
     )
     _say(
         console,
