@@ -123,7 +123,12 @@ class TestSettings:
 
     @pytest.mark.parametrize(
         ("command", "settings"),
-        [("pretrain", PretrainConfig), ("unlearn", UnlearnConfig), ("evaluate", EvaluationConfig)],
+        [
+            ("pretrain", PretrainConfig),
+            ("unlearn", UnlearnConfig),
+            ("profile", UnlearnConfig),
+            ("evaluate", EvaluationConfig),
+        ],
     )
     def test_every_setting_is_a_flag_with_help(self, cli, command, settings):
         code, out, _ = cli(command, "--help")

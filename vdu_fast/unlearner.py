@@ -32,6 +32,7 @@ from vdu_fast.filters import (
     classifier_filter,
     positive_unlabelled_filter,
 )
+from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
@@ -250,6 +251,7 @@ def _check_replay(
         check_positive_unlabelled(job.denoiser, job.images, config.feature_module)
 
 
+@phase("bank")
 def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     if isinstance(bank, ReplayBank):
         bank.check_fits(job.denoiser, "bank")
@@ -276,25 +278,12 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     return made
 
 
+@phase("filter")
 def _filter_bank(
     job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
     config, began = job.config, time.perf_counter()
-    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
-    if config.bank_filter == "classifier":
-        assert classifier is not None
-        assert forget_label is not None
-        keep, report = classifier_filter(bank.images, classifier, forget_label, **how)
-    elif config.bank_filter == "positive_unlabelled":
-        keep, report = positive_unlabelled_filter(
-            job.denoiser,
-            bank.images,
-            job.images,
-            feature_module=config.feature_module,
-            **how,
-        )
-    else:
-        keep, report = torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
+    keep, report = _filtered(job, bank, classifier, forget_label)
     job.seconds["filter"] = time.perf_counter() - began
     kept = int(keep.sum())
     job.observers.say(report.describe())
@@ -304,6 +293,23 @@ def _filter_bank(
             f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
         )
     return bank.keep(keep), report
+
+
+def _filtered(
+    job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
+) -> tuple[Tensor, FilterReport]:
+    """Which images of a bank the filter of the settings keeps, bool [N], and its report."""
+    config = job.config
+    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
+    if config.bank_filter == "classifier":
+        assert classifier is not None
+        assert forget_label is not None
+        return classifier_filter(bank.images, classifier, forget_label, **how)
+    if config.bank_filter == "positive_unlabelled":
+        return positive_unlabelled_filter(
+            job.denoiser, bank.images, job.images, feature_module=config.feature_module, **how
+        )
+    return torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
 
 
 def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
@@ -325,6 +331,7 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
         earlier = spent.pop("steps")
         seconds |= {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
 
+    @phase("save")
     def save() -> None:
         seconds["steps"] = earlier + time.perf_counter() - began
         if state_file is not None:
@@ -370,6 +377,7 @@ def _identity(run: UnlearningRun, job: _Job) -> str:
     return digest.hexdigest()[:32]
 
 
+@phase("save")
 def _write(result: UnlearnResult, job: _Job) -> None:
     assert job.output is not None
     _write_model(job, job.output)

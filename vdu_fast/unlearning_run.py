@@ -17,6 +17,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
 from vdu_fast.objective import ascent_loss, forget_scale, per_sample_error, regularizer_scale
 from vdu_fast.optim import UpdateRule, VariationalWeights
+from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.prefetch import Prefetcher
@@ -84,6 +85,7 @@ class UnlearningRun:
             self.release()
             raise
 
+    @phase("start")
     def _measure_start(self, posterior: GaussianPosterior, retained_images: Tensor | None) -> None:
         """Put q's mean into the network, and measure there what the run is later compared with."""
         config, denoiser = self.config, self.denoiser
@@ -171,11 +173,13 @@ class UnlearningRun:
             checked = self._check()
             for name, value in checked.items():
                 self._check_finite(f"{name} on the fixed batch", value)
-            self._last_good = (self.step_number, weights.z.clone())
+            with phase("check"):
+                self._last_good = (self.step_number, weights.z.clone())
             record |= checked
         self.history.append(record)
         return record
 
+    @phase("accumulate")
     def _collect_gradient(self, draw: int, passes: int) -> None:
         """Add the gradient in the arena to the average over the passes of a step, where there are several."""
         if self._gradient_sum is None:
@@ -188,6 +192,7 @@ class UnlearningRun:
                 self._noise_gradient_sum.zero_()
             ops.add_noise_gradient_(self._noise_gradient_sum, self.arena.grad, self.config.seed, draw, scale=1 / passes)
 
+    @phase("update")
     def _move(self, draw: int, next_draw: int) -> float:
         """One step of q, which leaves the weights of the next draw in the network; returns the gradient norm."""
         config, weights = self.config, self.weights
@@ -224,21 +229,23 @@ class UnlearningRun:
         falling = self.config.anneal * self.config.steps
         return min(1.0, (self.config.steps - self.step_number) / falling) if falling > 0 else 1.0
 
+    @phase("loss")  # all of it that is in no other phase
     def _network_gradient(self, draw: int, *, forgetting: bool) -> dict[str, float]:
         """Losses of the terms that pass through the network at the weights in the arena, whose gradient they leave."""
         config = self.config
         x0, x_t, timesteps = self._forget_batch(draw)
         forget = len(x_t)
         replay_target = None
-        if self._replay_batch is not None:
-            # One network call for both halves: at these sizes a call costs more than its samples.
-            replay_x_t, replay_timesteps, replay_target = self._replay_batch(draw)
-            x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
-        weight = self._step_weights[timesteps]
+        with phase("data"):
+            if self._replay_batch is not None:
+                # One network call for both halves: at these sizes a call costs more than its samples.
+                replay_x_t, replay_timesteps, replay_target = self._replay_batch(draw)
+                x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
+            weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
         reference = self._reference_error(draw, x_t[:forget], *batch) if config.saturation == "npo" else None
-        self.arena.zero_grad()
-        prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
+        with phase("forward"):
+            prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
         error = self._forget_error(prediction[:forget], draw, *batch)
         before = self.start_curve[timesteps[:forget]]
         ascent = ascent_loss(
@@ -254,15 +261,19 @@ class UnlearningRun:
             distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
             loss = loss + config.replay_weight * self.replay_scale * distance
             measured["replay_loss"] = float(distance.detach())
-        loss.backward()
+        with phase("backward"):
+            self.arena.zero_grad()
+            loss.backward()
         return {"loss": float(loss.detach()), **measured}
 
+    @phase("loss")
     def _forget_error(self, prediction: Tensor, draw: int, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
         mixed = self.denoiser.schedule.regenerated_target(x0, timesteps)
         return per_sample_error(
             prediction, mixed.pop("target", None), weight, seed=self.config.seed, draw=draw, **mixed
         )
 
+    @phase("data")
     def _forget_batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
         """x_0, x_t and timesteps; the noise in x_t is that of (seed, draw), which the loss draws again."""
         config, device = self.config, self.denoiser.device
@@ -272,15 +283,19 @@ class UnlearningRun:
         timesteps = randint(high, len(x0), config.seed, draw, low=low, stream=Stream.TIMESTEPS).to(device)
         return x0, self.denoiser.schedule.mix_noise(x0, timesteps, config.seed, draw), timesteps
 
+    @phase("weights")
     def _reference_error(self, draw: int, x_t: Tensor, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
         """The errors of the model before unlearning, by putting mu* into the arena for one call."""
         self._in_network = None  # first: whatever fails below, the network no longer holds what it held
         with torch.no_grad():
             self.arena.theta.copy_(self.weights.center)
-            error = self._forget_error(self.denoiser.predict(x_t, timesteps), draw, x0, timesteps, weight)
+            with phase("forward"):
+                prediction = self.denoiser.predict(x_t, timesteps)
+            error = self._forget_error(prediction, draw, x0, timesteps, weight)
         self._put(draw)
         return error
 
+    @phase("check")
     def _check(self) -> dict[str, float]:
         """Measure on the fixed batches and remember the best state."""
         config = self.config
@@ -309,6 +324,7 @@ class UnlearningRun:
             return f"all {config.steps} steps done"
         return None
 
+    @phase("weights")
     def _put(self, draw: int) -> None:
         """Put the weights of a draw into the network, unless they are there."""
         if self.config.family == "mean_only":

@@ -77,13 +77,13 @@ def run(arguments: Namespace, command: list[str]) -> int:
         raise InputError(
             f"--output {files.output} is --model itself, and the original would be lost; name another folder."
         )
-    classifier, label = _filter_classifier(files, config)
+    classifier, label = filter_classifier(files.filter_classifier, files.forget_label, config)
     try:
         with running(take(CommonOptions, arguments)) as display, Interruption(display) as interruption:
             pipeline = load_pipeline(files.model)
             images = load_forget_images(files.forget, resize=files.resize, channels=files.image_channels)
             display.say(f"forgetting what {len(images)} images of {files.forget} show")
-            _warn_of_several_classes(images, display)
+            warn_of_several_classes(images, display)
             result = unlearn(
                 pipeline,
                 images,
@@ -104,7 +104,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
     return 0
 
 
-def _warn_of_several_classes(images: ImageSet, display: ProgressDisplay) -> None:
+def warn_of_several_classes(images: ImageSet, display: ProgressDisplay) -> None:
     """Whoever names a whole data set forgets all of it, which is seldom meant and leaves little to keep."""
     if images.labels is None or len(found := images.labels.unique().tolist()) < 2:
         return
@@ -116,9 +116,11 @@ def _warn_of_several_classes(images: ImageSet, display: ProgressDisplay) -> None
     )
 
 
-def _filter_classifier(files: UnlearnFiles, config: UnlearnConfig) -> tuple[ImageClassifier | None, int | None]:
+def filter_classifier(
+    path: str | None, label: str | None, config: UnlearnConfig
+) -> tuple[ImageClassifier | None, int | None]:
     """The classifier of --bank_filter classifier and its label of the unwanted class."""
-    given = files.filter_classifier is not None, files.forget_label is not None
+    given = path is not None, label is not None
     if config.bank_filter != "classifier":
         if any(given):
             raise InputError(
@@ -131,17 +133,15 @@ def _filter_classifier(files: UnlearnFiles, config: UnlearnConfig) -> tuple[Imag
             "--bank_filter classifier needs both --filter_classifier FILE and --forget_label CLASS. Give them, or use "
             "--bank_filter positive_unlabelled, which needs neither."
         )
-    assert files.filter_classifier is not None
-    assert files.forget_label is not None
-    classifier = ImageClassifier.load(files.filter_classifier)
+    assert path is not None
+    assert label is not None
+    classifier = ImageClassifier.load(path)
     names = classifier.class_names
-    if files.forget_label in names:
-        return classifier, names.index(files.forget_label)
-    if files.forget_label.isdecimal() and int(files.forget_label) < len(names):
-        return classifier, int(files.forget_label)
-    raise InputError(
-        f"--forget_label {files.forget_label} is no class of the classifier; choose one of {', '.join(names)}."
-    )
+    if label in names:
+        return classifier, names.index(label)
+    if label.isdecimal() and int(label) < len(names):
+        return classifier, int(label)
+    raise InputError(f"--forget_label {label} is no class of the classifier; choose one of {', '.join(names)}.")
 
 
 def _record_inputs(files: UnlearnFiles, classifier: ImageClassifier | None) -> None:
