@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import platform
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from vdu_fast import __version__
 from vdu_fast.benchmarks.case import AT_THE_LIMIT, Budget, Case, Line
 from vdu_fast.benchmarks.measure import COPIED, COPY, GPU_BACKENDS, Times, spread
 from vdu_fast.checkpoint import write_bytes_atomic, write_json_atomic
+from vdu_fast.machine import device_name
 
 COLUMNS = (
     "question", "implementation", "milliseconds", "spread", "ns_per_unit", "unit", "per_second",
@@ -113,7 +113,7 @@ def environment(device: torch.device, numel: int) -> Line:
     """What the answers were measured on."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
-    where: Line = {"device": _device_name(device), "parameters": numel}
+    where: Line = {"device": device_name(device), "parameters": numel}
     if device.type == "cuda":
         where["cuda"] = torch.version.cuda or torch.version.hip
     else:
@@ -124,16 +124,6 @@ def environment(device: torch.device, numel: int) -> Line:
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    except OSError:
-        models = []
-    return models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
 
 
 def shown(value: Any) -> str:

@@ -7,9 +7,9 @@ import inspect
 
 import pytest
 
-from vdu_fast import advice
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.profile_record import PhaseRow, Profile, RunPart, duration, size
+from vdu_fast.profiling import advice
+from vdu_fast.profiling.record import PhaseRow, Profile, RunPart, duration, size
 
 
 def row(name: str, seconds: float, *, spread: float = 0.0) -> PhaseRow:

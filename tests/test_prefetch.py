@@ -43,9 +43,10 @@ def test_the_next_batch_is_made_ahead_and_a_jump_is_served(as_on_a_gpu):
     prefetcher = Prefetcher(batches, as_on_a_gpu)
     assert [prefetcher(step)[1].item() for step in (0, 1, 2, 7, 8)] == [0, 1, 2, 7, 8]
     prefetcher.close()
-    # After every batch the one behind it, once; 3 was made in vain when 7 was asked for.
-    assert batches.made[:5] == [0, 1, 2, 3, 7]
-    assert set(batches.made) <= {0, 1, 2, 3, 7, 8, 9}
+    # After every batch the one behind it, each once, in whatever order the two threads come to it: 3 is made in vain
+    # when 7 is asked for, and 9 may be under way or not begun.
+    assert sorted(set(batches.made) - {3, 9}) == sorted(step for step in batches.made if step not in (3, 9))
+    assert {0, 1, 2, 7, 8} <= set(batches.made) <= {0, 1, 2, 3, 7, 8, 9}
     assert prefetcher(4)[1].item() == 4
 
 

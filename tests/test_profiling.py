@@ -18,11 +18,11 @@ from vdu_fast.cli import main
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
 from vdu_fast.machine import cores, device_name, has_bfloat16
-from vdu_fast.measuring import STEP
 from vdu_fast.phases import PREFIX, PhaseRecorder
 from vdu_fast.pipelines import denoiser_of
-from vdu_fast.profile_report import save_profile
 from vdu_fast.profiling import profile
+from vdu_fast.profiling.measuring import STEP
+from vdu_fast.profiling.report import save_profile
 from vdu_fast.replay import build_bank
 from vdu_fast.unlearner import unlearn
 

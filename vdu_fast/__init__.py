@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vdu_fast.pipelines import load_pipeline as load_pipeline
     from vdu_fast.posterior import GaussianPosterior as GaussianPosterior
     from vdu_fast.posterior import PosteriorRecorder as PosteriorRecorder
-    from vdu_fast.profile_record import Profile as Profile
+    from vdu_fast.profiling import Profile as Profile
     from vdu_fast.profiling import profile as profile
     from vdu_fast.replay import ReplayBank as ReplayBank
     from vdu_fast.schedule import NoiseSchedule as NoiseSchedule
@@ -43,7 +43,7 @@ _HOME = {
     "InputError": "errors",
     "NoiseSchedule": "schedule",
     "PosteriorRecorder": "posterior",
-    "Profile": "profile_record",
+    "Profile": "profiling",
     "ReplayBank": "replay",
     "UnlearnConfig": "config",
     "UnlearnResult": "unlearner",

@@ -108,7 +108,7 @@ class Observers:
 
 
 @dataclass
-class _Job:
+class Job:
     """The checked inputs of one call."""
 
     model: Any
@@ -163,9 +163,9 @@ def unlearn(
             `model`, and in `output` when given).
     """
     config = config or UnlearnConfig()
-    job = _check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
+    job = check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
     if config.replay_weight > 0:
-        _check_replay(job, bank, classifier, forget_label)
+        check_replay(job, bank, classifier, forget_label)
     if output is not None:
         job.output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
         if not resume:
@@ -175,7 +175,7 @@ def unlearn(
     report = used = None
     kept: ReplayBank | None = None
     if config.replay_weight > 0:
-        whole = _obtain_bank(job, bank)
+        whole = obtain_bank(job, bank)
         used = whole.made_from | {"images": len(whole)}
         kept, report = _filter_bank(job, whole, classifier, forget_label)
     run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
@@ -192,14 +192,14 @@ def unlearn(
     return result
 
 
-def _check_inputs(
+def check_inputs(
     model: Any,
     forget_images: Tensor | ImageSet,
     posterior: GaussianPosterior | str | Path,
     config: UnlearnConfig,
     scheduler: Any,
     observers: Observers,
-) -> _Job:
+) -> Job:
     images = forget_images.images if isinstance(forget_images, ImageSet) else forget_images
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -223,11 +223,11 @@ def _check_inputs(
             raise InputError(f"the model's {name} holds NaN or infinity; give an intact model.")
     denoiser.module.to(pick_device(config.device, denoiser.module))
     denoiser.execution = config.execution
-    return _Job(model, denoiser, images.float(), posterior, config, observers, None)
+    return Job(model, denoiser, images.float(), posterior, config, observers, None)
 
 
-def _check_replay(
-    job: _Job, bank: ReplayBank | str | Path | None, classifier: nn.Module | None, forget_label: int | None
+def check_replay(
+    job: Job, bank: ReplayBank | str | Path | None, classifier: nn.Module | None, forget_label: int | None
 ) -> None:
     """InputError when the bank cannot be made, kept or filtered: asked before the minutes that drawing it takes."""
     config = job.config
@@ -252,7 +252,7 @@ def _check_replay(
 
 
 @phase("bank")
-def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
+def obtain_bank(job: Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
     if isinstance(bank, ReplayBank):
         bank.check_fits(job.denoiser, "bank")
         return bank
@@ -280,10 +280,10 @@ def _obtain_bank(job: _Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
 
 @phase("filter")
 def _filter_bank(
-    job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
+    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
     config, began = job.config, time.perf_counter()
-    keep, report = _filtered(job, bank, classifier, forget_label)
+    keep, report = filtered(job, bank, classifier, forget_label)
     job.seconds["filter"] = time.perf_counter() - began
     kept = int(keep.sum())
     job.observers.say(report.describe())
@@ -295,8 +295,8 @@ def _filter_bank(
     return bank.keep(keep), report
 
 
-def _filtered(
-    job: _Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
+def filtered(
+    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[Tensor, FilterReport]:
     """Which images of a bank the filter of the settings keeps, bool [N], and its report."""
     config = job.config
@@ -312,7 +312,7 @@ def _filtered(
     return torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
 
 
-def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
+def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:
     """Take steps until a guard says stop, saving the state on the way."""
     config = job.config
     state_file = job.output / STATE_FILE if job.output is not None else None
@@ -367,7 +367,7 @@ def _drive(run: UnlearningRun, job: _Job, *, resume: bool) -> str:
     return reason
 
 
-def _identity(run: UnlearningRun, job: _Job) -> str:
+def _identity(run: UnlearningRun, job: Job) -> str:
     """A digest of all that decides the course of a run, so that a resumed one cannot silently become another."""
     digest = hashlib.sha256(json.dumps(asdict(job.config), sort_keys=True).encode())
     for tensor in (run.weights.center, run.weights.prior_std, job.images):
@@ -378,7 +378,7 @@ def _identity(run: UnlearningRun, job: _Job) -> str:
 
 
 @phase("save")
-def _write(result: UnlearnResult, job: _Job) -> None:
+def _write(result: UnlearnResult, job: Job) -> None:
     assert job.output is not None
     _write_model(job, job.output)
     record = result.record() | {"weights": fingerprint(job.denoiser.module), "forget_images": len(job.images)}
@@ -387,7 +387,7 @@ def _write(result: UnlearnResult, job: _Job) -> None:
         shutil.rmtree(job.output / stale, ignore_errors=True)
 
 
-def _write_model(job: _Job, folder: Path) -> None:
+def _write_model(job: Job, folder: Path) -> None:
     if isinstance(job.model, nn.Module):
         save_tensors(folder / "model.safetensors", job.denoiser.module.state_dict())
     else:

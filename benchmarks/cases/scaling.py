@@ -7,19 +7,18 @@ import torch
 from vdu_fast import ops
 from vdu_fast.benchmarks.case import Case, Line, Setting, question
 from vdu_fast.benchmarks.cases import mean_only_step
-from vdu_fast.benchmarks.measure import COPY, measure
+from vdu_fast.benchmarks.measure import COPIED, COPY, measure
 from vdu_fast.benchmarks.parameters import State, stable_diffusion_shapes
 from vdu_fast.benchmarks.tables import lines_of
-from vdu_fast.memory import available_memory
+from vdu_fast.machine import free_memory
 
 # theta and gradient in bfloat16, mu*, sigma* and z in float32, beside the copy that bandwidth is measured by.
 BYTES_KEPT, BYTES_MOVED = 16, 20
 
 
-def _room(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory() or float("inf")
+def _fits(numel: int, device: torch.device) -> bool:
+    free = free_memory(device)
+    return free is None or 1.1 * BYTES_KEPT * numel + 8 * COPIED < free
 
 
 def _step_lines(s: State, implementation: str, *, listed: bool) -> list[Line]:
@@ -40,7 +39,7 @@ def parameters(setting: Setting) -> list[Line]:
     lines: list[Line] = []
     for exponent in range(5, 10):
         numel = 10**exponent
-        if 1.1 * BYTES_KEPT * numel + 2 * 4 * 36e6 > _room(setting.device):
+        if not _fits(numel, setting.device):
             lines.append({"implementation": f"10^{exponent} parameters", "note": "left out: memory is short"})
             continue
         s = State([torch.Size([numel])], setting.device, torch.bfloat16)
@@ -52,7 +51,7 @@ def parameters(setting: Setting) -> list[Line]:
 def stable_diffusion(setting: Setting) -> list[Line]:
     shapes = stable_diffusion_shapes()
     numel = sum(shape.numel() for shape in shapes)
-    if 1.1 * BYTES_KEPT * numel + 2 * 4 * 36e6 > _room(setting.device):
+    if not _fits(numel, setting.device):
         return [{"implementation": "vdu_fast", "note": "left out: memory is short"}]
     s = State(shapes, setting.device, torch.bfloat16)
     return _step_lines(s, "one flat arena", listed=False) + _step_lines(s, f"{len(shapes)} tensors", listed=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from jsonargparse import Namespace
 from rich.console import Console
 
-from vdu_fast.advice import advise
 from vdu_fast.checkpoint import prepare_output
 from vdu_fast.cli.parser import CommandParser, CommonOptions, command_parser, take
 from vdu_fast.cli.runtime import load_forget_images, running
@@ -17,8 +16,9 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.demo import shipped_model
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import load_pipeline
-from vdu_fast.profile_report import print_profile, save_profile
 from vdu_fast.profiling import profile
+from vdu_fast.profiling.advice import advise
+from vdu_fast.profiling.report import print_profile, save_profile
 
 FILES = "profile.json, profile.csv, profile.png and trace.json"
 

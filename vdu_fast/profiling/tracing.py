@@ -78,6 +78,7 @@ def memory_of_phases(trace: bytes, outermost: str) -> dict[str, PhaseCost]:
 def _marks_and_totals(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     """("enter", phase), ("leave", phase) and ("total", bytes allocated on the CPU) in the order of time."""
     found: list[tuple[float, int, str, Any]] = []
+    before: list[tuple[float, int]] = []
     for event in events:
         name = event.get("name", "")
         if name.startswith(PREFIX) and event.get("cat") == "user_annotation":
@@ -86,5 +87,9 @@ def _marks_and_totals(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
             found.append((began, -lasted, "enter", name.removeprefix(PREFIX)))
             found.append((began + lasted, lasted, "leave", name.removeprefix(PREFIX)))
         elif name == "[memory]" and event["args"]["Device Type"] == 0:
-            found.append((event["ts"], 0, "total", event["args"]["Total Allocated"]))
-    return [(kind, value) for _, _, kind, value in sorted(found, key=lambda mark: mark[:2])]
+            args = event["args"]
+            found.append((event["ts"], 0, "total", args["Total Allocated"]))
+            before.append((event["ts"], args["Total Allocated"] - args["Bytes"]))
+    marks = [(kind, value) for _, _, kind, value in sorted(found, key=lambda mark: mark[:2])]
+    # The totals are the process's: what was allocated before the trace is in them.
+    return [("total", min(before)[1]), *marks] if before else marks

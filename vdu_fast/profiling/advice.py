@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from vdu_fast.profile_record import Profile, duration
+from vdu_fast.profiling.record import Profile, duration
 
 # What each rule takes for much: shares of the whole run (bank, filter, checks) or of a step (update, data, network).
 FEW_THREADS = 0.5  # of the cores

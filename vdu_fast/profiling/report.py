@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdu_fast.checkpoint import write_bytes_atomic, write_json_atomic
-from vdu_fast.measuring import STEP
-from vdu_fast.profile_record import Profile, duration, size
+from vdu_fast.profiling.measuring import STEP
+from vdu_fast.profiling.record import Profile, duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

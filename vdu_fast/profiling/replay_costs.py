@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import nn
 
-from vdu_fast.measuring import Report, timed
-from vdu_fast.profile_record import RunPart
+from vdu_fast.profiling.measuring import Report, timed
+from vdu_fast.profiling.record import RunPart
 from vdu_fast.replay import ReplayBank, bank_bytes, build_bank
-from vdu_fast.unlearner import _filtered, _Job, _obtain_bank
+from vdu_fast.unlearner import Job, filtered, obtain_bank
 
 # Batches, and sampler steps of each, of the bank that is drawn to learn what a whole one takes.
 BATCHES, STEPS = 2, 3
@@ -37,7 +37,7 @@ class ReplayCosts:
 
     def __init__(
         self,
-        job: _Job,
+        job: Job,
         bank: ReplayBank | str | Path | None,
         classifier: nn.Module | None,
         forget_label: int | None,
@@ -48,7 +48,7 @@ class ReplayCosts:
         self._read: float | None = None
         config, batch = job.config, job.config.inference_batch_size
         if isinstance(bank, ReplayBank) or (bank is not None and Path(bank).is_file()):
-            self.bank, self._read = timed(job.denoiser.device, lambda: _obtain_bank(job, bank))
+            self.bank, self._read = timed(job.denoiser.device, lambda: obtain_bank(job, bank))
             self._count, states = self.bank.x_t.shape[:2]
         else:
             self._count, states = config.replay_samples, config.replay_states
@@ -108,5 +108,5 @@ class ReplayCosts:
     def _measure_filter(self) -> None:
         if self._job.config.bank_filter != "none":
             how = self._job, self.bank, self._classifier, self._forget_label
-            _, seconds = timed(self._job.denoiser.device, lambda: _filtered(*how))
+            _, seconds = timed(self._job.denoiser.device, lambda: filtered(*how))
             self._filter = min(self._filter, seconds)

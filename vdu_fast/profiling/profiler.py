@@ -21,7 +21,10 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.machine import METERED, AcceleratorMeter, cores, device_name, has_bfloat16
-from vdu_fast.measuring import (
+from vdu_fast.phases import PhaseCost, PhaseRecorder
+from vdu_fast.pipelines import denoiser_of
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.profiling.measuring import (
     STEP,
     Report,
     alternating_steps,
@@ -31,14 +34,11 @@ from vdu_fast.measuring import (
     samples_of,
     timed,
 )
-from vdu_fast.phases import PhaseCost, PhaseRecorder
-from vdu_fast.pipelines import denoiser_of
-from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.profile_record import PhaseRow, Profile, RunPart, duration
+from vdu_fast.profiling.record import PhaseRow, Profile, RunPart, duration
+from vdu_fast.profiling.replay_costs import ReplayCosts
+from vdu_fast.profiling.tracing import chrome_trace, memory_of_phases
 from vdu_fast.replay import ReplayBank
-from vdu_fast.replay_costs import ReplayCosts
-from vdu_fast.tracing import chrome_trace, memory_of_phases
-from vdu_fast.unlearner import Observers, _check_inputs, _check_replay
+from vdu_fast.unlearner import Observers, check_inputs, check_replay
 from vdu_fast.unlearning_run import UnlearningRun
 
 # Of the phases, as they follow one another in a step.
@@ -88,11 +88,11 @@ def profile(
     if warmup < 0:
         raise InputError(f"warmup (--profile_warmup) must be at least 0, got {warmup}.")
     config = config or UnlearnConfig()
-    job = _check_inputs(_copied(model), forget_images, posterior, config, scheduler, Observers())
+    job = check_inputs(_copied(model), forget_images, posterior, config, scheduler, Observers())
     report = progress or (lambda stage, done, total: None)
     replay = None
     if config.replay_weight > 0:
-        _check_replay(job, bank, classifier, forget_label)
+        check_replay(job, bank, classifier, forget_label)
         replay = ReplayCosts(job, bank, classifier, forget_label, report)
     device, used = job.denoiser.device, replay.bank if replay is not None else None
     run, seconds = timed(
