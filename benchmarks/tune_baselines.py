@@ -1,6 +1,6 @@
 """Which settings suit each baseline best, every method being given the same number of tries?
 
-Runs the settings below on the digit 0 of the shipped model, each within the budget of network evaluations that `unlearn`
+Runs the settings below on the digit 0 of the shipped model, each within the network evaluations that `unlearn`
 needs under its defaults, and appends one row per run to benchmarks/results/baseline_settings.csv. The best setting of a
 method is the one with the least u-FID among those with a PUL of at least 90, or that with the highest PUL where there
 is none; it is the default of the method's settings. The starting noise of the evaluation is not that of any table. A
