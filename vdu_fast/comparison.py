@@ -1,9 +1,9 @@
 """Methods side by side: one run for every (class, seed, method), each kept in a file of its own, so that a comparison
 that was stopped goes on where it was.
 
-Every run starts from the same model, gets the network evaluations that `unlearn` needs under its defaults, sees only the
-data that its method may see, and is judged by the same classifier on the same starting noise. Classifier and samples of
-the original model are made once and kept beside the runs.
+Every run starts from the same model, gets the network evaluations that `unlearn` needs under its defaults, sees only
+the data that its method may see, and is judged by the same classifier on the same starting noise. Classifier and
+samples of the original model are made once and kept beside the runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -216,8 +216,8 @@ def read_pretraining(model: Path) -> PretrainConfig | None:
         return PretrainConfig(**json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--model: {path} does not hold the settings of `vdu-fast pretrain` ({error}). Remove it, and leave retrain "
-            "out of --methods."
+            f"--model: {path} does not hold the settings of `vdu-fast pretrain` ({error}). Remove it, and leave "
+            "retrain out of --methods."
         ) from error
 
 
@@ -262,7 +262,8 @@ def run_all(
             keep(job, comparison.run(job))
     else:
         # A forked process would inherit torch's threads without being able to use them.
-        context, shared = get_context("spawn"), (comparison,)
+        # What this process has loaded already stays here: a copy carries the fields alone.
+        context, shared = get_context("spawn"), (replace(comparison),)
         with ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=shared) as pool:
             futures = {pool.submit(_run_in_process, job): job for job in missing}
             try:

@@ -42,10 +42,11 @@ def _train(run: MethodRun) -> dict[str, Any]:
         "learning_rate": settings.learning_rate,
         "batch_size": settings.batch_size,
         "gamma": settings.gamma,
+        "check_size": settings.batch_size,
         "anneal": ANNEAL,
         "max_gradient_norm": MAX_GRADIENT_NORM,
     }
-    # One check, at the end.
+    # One check, at the end: nothing depends on it.
     one = evaluations_of_unlearn(UnlearnConfig(steps=1, check_every=1, **common), images)
     payable = run.counter.times(1)
     if payable is not None and payable < one:

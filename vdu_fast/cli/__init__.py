@@ -20,6 +20,7 @@ COMMANDS = {
     "posterior": "estimate the posterior of a model from its checkpoints, or from the model alone (--fisher)",
     "unlearn": "make a model forget, from pictures of what must go",
     "evaluate": "measure what was forgotten and what it cost, and write a report",
+    "compare": "run other unlearning methods beside this one at equal cost, and write a table",
     "tune": "time block sizes of the Triton kernels on a GPU and remember the fastest",
     "doctor": "show versions, devices and backends, and check the installation",
 }
