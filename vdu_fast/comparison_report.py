@@ -39,6 +39,7 @@ MEASURES: dict[str, Callable[[Record], float | None]] = {
 }
 # What methods are tested on against ours, and how a value enters the difference.
 TESTED: dict[str, Callable[[float], float]] = {"pul": float, "u_fid": lambda value: math.log(max(value, 1e-12))}
+_NO_SPREAD = 1e-9
 # What the original model, the oracle and real held-out images have of it.
 REFERENCES = {"original model": "before", "oracle": "oracle", "real held-out": "floor"}
 
@@ -139,8 +140,8 @@ def significance(by_method: Mapping[str, Sequence[Record]], measure: str) -> dic
         differences = [theirs[pair] - ours[pair] for pair in ours.keys() & theirs.keys()]
         if len(differences) < 2:
             continue
-        if len(set(differences)) == 1:  # no spread: the statistic is 0 / 0, or infinite
-            raw[method] = 1.0 if differences[0] == 0 else 0.0
+        if max(differences) - min(differences) < _NO_SPREAD:  # the statistic is 0 / 0, or infinite
+            raw[method] = 1.0 if abs(differences[0]) < _NO_SPREAD else 0.0
         else:
             raw[method] = float(ttest_1samp(differences, 0.0).pvalue)
     return holm(raw)
