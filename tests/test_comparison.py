@@ -150,6 +150,14 @@ class TestRuns:
             torch.set_num_threads(threads)
         assert [r["metrics"] for r in records] == [r["metrics"] for r in here]
 
+    def test_a_class_that_is_never_drawn_is_refused_before_anything_is_run(self, comparison, monkeypatch):
+        _, labels = comparison.classifier.embed_and_classify(comparison.original_samples[: CONFIG.samples])
+        absent = next(label for label in range(3) if label not in labels)
+        made = counting(monkeypatch)
+        with pytest.raises(InputError, match="the original model drew no image of class"):
+            run_all(comparison, plan(["neg_grad"], [absent], 1))
+        assert not made
+
     def test_seeds_and_classes_take_turns(self):
         jobs = plan(["x", "y"], [0, 3], 2)
         assert [(j.seed, j.label, j.method) for j in jobs] == [
@@ -220,7 +228,8 @@ class TestTable:
         assert "Classes c0, c3; 3 seeds; 24 samples of 3 steps of DDIM, seed 1." in text
         widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
         assert len(widths) == 1
-        assert "| **OURS** | forget data | 95.5 ± 0.9 | 2.58 ± " in text
+        assert "| **OURS** | forget data | 95.5 ± 1.0 | 2.59 ± 0.11 | 1.29 ± 0.05 | " in text
+        assert "| NEG_GRAD | forget data | 97.5 ± 1.0 | 105.8 ± 4.5 | " in text
 
     def test_what_a_run_could_not_measure_is_left_out(self):
         lacking = RECORDS[0] | {"metrics": {**RECORDS[0]["metrics"], "shares": {}, "recall": {"before": 0.5}}}

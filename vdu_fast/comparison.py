@@ -29,7 +29,7 @@ from vdu_fast.classifier import ImageClassifier, train_classifier
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
-from vdu_fast.evaluation import EvaluationConfig, evaluate
+from vdu_fast.evaluation import EvaluationConfig, evaluate, percentage_unlearned
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
@@ -166,6 +166,12 @@ class Comparison:
             save_tensors(path, {"images": sample_images(self.original, count, **how)})
         return load_tensors(path)[0]["images"]
 
+    def check_drawn(self, label: int) -> None:
+        """InputError where the original model does not draw the class: asked before anything is unlearned."""
+        _, labels = self.classifier.embed_and_classify(self.original_samples[: self.config.samples])
+        drawn = int((labels == label).sum())
+        percentage_unlearned(drawn, 0, samples=len(labels), class_name=self.train.class_names[label])
+
     def run(self, job: Job) -> dict[str, Any]:
         """Unlearn and evaluate, whether it was done before or not; the record is written to the run's file."""
         forget, retained = self.train.only(job.label).images, self.train.without(job.label).images
@@ -249,8 +255,9 @@ def run_all(
         report(len(records), len(jobs), "finished before")
     missing = [job for job in jobs if job not in records]
     if missing:
-        # Before the processes start, which would all make them otherwise.
-        _ = comparison.classifier, comparison.original_samples
+        # Makes classifier and samples, too, before the processes start, which would all make them otherwise.
+        for label in {job.label for job in missing}:
+            comparison.check_drawn(label)
 
     def keep(job: Job, record: dict[str, Any]) -> None:
         records[job] = record

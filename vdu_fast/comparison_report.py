@@ -172,17 +172,18 @@ def table_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+# Heading, and the format of a mean and of its error, which follows the size of the mean.
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "pul": ("PUL", lambda v: f"{v:.1f}"),
-    "u_fid": ("u-FID", digits),
-    "u_fid_ratio": ("u-FID / oracle", lambda v: f"{v:.2f}"),
-    "kid": ("KID", lambda v: f"{v:.3g}"),
-    "recall": ("recall", lambda v: f"{v:.2f}"),
-    "least_kept": ("least kept", lambda v: f"{v:.0%}"),
-    "forget_loss_ratio": ("forget loss x", lambda v: f"{v:.2f}"),
-    "retained_loss_ratio": ("retained loss x", lambda v: f"{v:.2f}"),
-    "evaluations": ("evaluations", lambda v: f"{v:,.0f}"),
-    "seconds": ("seconds", lambda v: f"{v:.0f}"),
+    "pul": ("PUL", lambda mean: ".1f"),
+    "u_fid": ("u-FID", lambda mean: ".1f" if mean >= 10 else ".2f"),
+    "u_fid_ratio": ("u-FID / oracle", lambda mean: ".1f" if mean >= 10 else ".2f"),
+    "kid": ("KID", lambda mean: ".1f" if mean >= 10 else ".3f"),
+    "recall": ("recall", lambda mean: ".2f"),
+    "least_kept": ("least kept", lambda mean: ".0%"),
+    "forget_loss_ratio": ("forget loss x", lambda mean: ".1f" if mean >= 10 else ".2f"),
+    "retained_loss_ratio": ("retained loss x", lambda mean: ".1f" if mean >= 10 else ".2f"),
+    "evaluations": ("evaluations", lambda mean: ",.0f"),
+    "seconds": ("seconds", lambda mean: ".0f"),
 }
 
 
@@ -220,7 +221,8 @@ _LEGEND = (
 def _cell(mean: Mean | None, form: Callable[[float], str]) -> str:
     if mean is None:
         return ""
-    return form(mean.value) if mean.error is None else f"{form(mean.value)} ± {form(mean.error)}"
+    value = format(mean.value, form(mean.value))
+    return value if mean.error is None else f"{value} ± {format(mean.error, form(mean.value))}"
 
 
 def write_comparison(output: Path, records: Sequence[Record]) -> list[Row]:
