@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from vdu_fast.figures import AFTER, BEFORE, FAINT, FLOOR, INK, ORACLE, new_figur
 from vdu_fast.report import digits
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
@@ -234,57 +236,54 @@ def write_comparison(output: Path, records: Sequence[Record]) -> list[Row]:
     return rows
 
 
-# Beside Okabe and Ito's colours the shape tells methods apart, for print and for those who see few colours.
-_MARKERS = "sDv^<>PXhd"
-_COLOURS = (
-    "#E69F00",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#8C6D1F",
-    "#7B4FA3",
-    "#4D4D4D",
-    "#A6761D",
-    "#1B9E77",
-    "#666666",
+# Beside the colour the shape tells methods apart, for print and for those who see few colours.
+_STYLES = (
+    ("s", "#E69F00"), ("D", "#D55E00"), ("v", "#56B4E9"), ("^", "#CC79A7"), ("<", "#8C6D1F"), (">", "#7B4FA3"),
+    ("P", "#4D4D4D"), ("X", "#A6761D"), ("h", "#1B9E77"), ("d", "#666666"),
+)  # fmt: skip
+_LINES = (
+    ("before", "original model", BEFORE, ":"),
+    ("oracle", "oracle", ORACLE, "--"),
+    ("floor", "real held-out", FLOOR, "-."),
 )
 
 
 def draw_methods(rows: Sequence[Row]) -> Figure:
     """PUL against u-FID on a logarithmic axis, a point per method with standard errors; the lower right is best."""
-    figure = new_figure(8.6, 5.2, layout="constrained")
+    figure = new_figure(9.2, 5.0, layout="constrained")
     axes = figure.add_subplot()
+    methods = [row for row in rows if row.sees and row.means["pul"] and row.means["u_fid"]]
+    for row, style in zip(methods, itertools.cycle(_STYLES)):
+        _draw_method(axes, row, style)
     named = {row.method: row for row in rows}
-    style = iter(zip(_MARKERS, _COLOURS, strict=True))
-    for row in rows:
-        pul, u_fid = row.means["pul"], row.means["u_fid"]
-        if row.method in REFERENCES.values() or pul is None or u_fid is None:
-            continue
-        marker, colour = next(style)
-        size, order = 8.0, 3
-        if row.method == OURS:
-            marker, colour, size, order = "*", AFTER, 17.0, 5
-        elif row.method == "retrain":
-            marker, colour = "o", INK
-        axes.errorbar(
-            pul.value, u_fid.value, xerr=pul.error, yerr=u_fid.error, fmt=marker, color=colour, markersize=size,
-            markeredgecolor="white", elinewidth=1.2, capsize=2.5, zorder=order,
-            label=f"{row.title}: PUL {pul.value:.0f}, u-FID {digits(u_fid.value)}",
-        )  # fmt: skip
-    lines = (
-        ("before", "original model", BEFORE, ":"),
-        ("oracle", "oracle", ORACLE, "--"),
-        ("floor", "real held-out", FLOOR, "-."),
-    )
-    for side, title, colour, dashes in lines:
+    for side, title, colour, dashes in _LINES:
         if (mean := named[side].means["u_fid"]) is not None:
             label = f"{title}: u-FID {digits(mean.value)}"
-            axes.axhline(mean.value, color=colour, linestyle=dashes, linewidth=1.4, label=label, zorder=2)
+            axes.axhline(mean.value, color=colour, linestyle=dashes, linewidth=1.4, label=label, zorder=1)
     axes.set_yscale("log")
-    axes.set_xlim(min([-4.0, *(m.value - 8 for row in rows if (m := row.means["pul"]) is not None)]), 104)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    lowest = min([pul.value for row in methods if (pul := row.means["pul"]) is not None], default=0.0)
+    axes.set_xlim(min(lowest - 6, 80), 102)
     axes.set_xlabel("PUL: forgotten, % (right is better)", color=FAINT)
     axes.set_ylabel("u-FID (lower is better)", color=FAINT)
     tidy(axes, "both")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    title = "filled: saw no retained data\nhollow: saw retained data"
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, title=title, title_fontsize=9, alignment="left")
     figure.suptitle("Forgetting against quality", x=0.01, ha="left", fontsize=11, weight="bold", color=INK)
     return figure
+
+
+def _draw_method(axes: Axes, row: Row, style: tuple[str, str]) -> None:
+    pul, u_fid = row.means["pul"], row.means["u_fid"]
+    assert pul is not None
+    assert u_fid is not None
+    (marker, colour), size, order = style, 7.0, 4
+    if row.method == OURS:  # large, and behind those that come as close
+        marker, colour, size, order = "*", AFTER, 18.0, 3
+    elif row.method == "retrain":
+        marker, colour = "o", INK
+    axes.errorbar(
+        pul.value, u_fid.value, xerr=pul.error, yerr=u_fid.error, fmt=marker, color=colour, markersize=size,
+        markerfacecolor="none" if "retained" in row.sees else colour, markeredgewidth=1.5, elinewidth=1.0, capsize=2,
+        zorder=order, label=f"{row.title}: PUL {pul.value:.1f}, u-FID {digits(u_fid.value)}",
+    )  # fmt: skip
