@@ -23,6 +23,8 @@ from vdu_fast.baselines.training import TrainingSettings, denoising_loss, descen
 class NegGradSettings(TrainingSettings):
     """Settings of NegGrad, see `TrainingSettings`."""
 
+    steps: int | None = 10
+
 
 @dataclass(frozen=True)
 class NegGradPlusSettings(TrainingSettings):

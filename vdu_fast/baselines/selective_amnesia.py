@@ -54,8 +54,9 @@ class SelectiveAmnesiaSettings(TrainingSettings):
         fisher_timesteps: timesteps, evenly spaced, that its loss is summed over.
     """
 
-    replay_weight: float = 1.0
-    fisher_weight: float = 10.0
+    learning_rate: float = 1e-3
+    replay_weight: float = 10.0
+    fisher_weight: float = 1.0
     replay_samples: int = 1000
     sampler_steps: int = 50
     fisher_images: int = 100

@@ -35,7 +35,7 @@ class SissSettings(TrainingSettings):
 
     batch_size: int = 128
     mixture: float = 0.5
-    delete_share: float = 0.1
+    delete_share: float = 0.5
 
 
 def importance_weights(

@@ -29,6 +29,7 @@ class VduSettings(TrainingSettings):
         gamma: weight of the KL term, in [0, 1).
     """
 
+    steps: int | None = 10
     gamma: float = 0.5
 
 
