@@ -141,7 +141,7 @@ class TestVisibility:
     def test_data_that_is_needed_and_missing_is_named(self):
         with pytest.raises(InputError, match="retained: this method needs retained images"):
             run("siss", inputs=MethodInputs(FORGET))
-        with pytest.raises(InputError, match="forget: NegGrad needs images of what must go"):
+        with pytest.raises(InputError, match="forget: this method needs forget images"):
             run("neg_grad", inputs=MethodInputs(FORGET[:0]))
         with pytest.raises(InputError, match=r"posterior: .*--posterior FILE"):
             run("vdu", inputs=MethodInputs(FORGET))

@@ -239,7 +239,7 @@ def run_all(
 
     Args:
         processes: runs at a time, each in a process of one thread; 1 runs here, with the threads that torch has here.
-        progress: called after each run.
+        progress: called before the first run and after each.
 
     Raises:
         InputError: a method lacks what it needs; asked before the first run.
@@ -251,8 +251,7 @@ def run_all(
         )
     report = progress or (lambda done, total, text: None)
     records = {job: record for job in jobs if (record := comparison.finished(job)) is not None}
-    if records:
-        report(len(records), len(jobs), "finished before")
+    report(len(records), len(jobs), "finished before" if records else "")
     missing = [job for job in jobs if job not in records]
     if missing:
         # Makes classifier and samples, too, before the processes start, which would all make them otherwise.

@@ -7,10 +7,10 @@ Definitions, for N generated samples of the model before and after, from the sam
              in the features of the classifier's penultimate layer ("FID" alone would mean Inception's)
 
 KID, precision, recall, density and coverage (`vdu_fast.distances`) compare the same sets in the same features. All are
-also measured for three references. `oracle`: the original model's samples with the forgotten class removed by
-the classifier, which is what perfect unlearning would leave. `floor`: real held-out images. `before`: the original
-model, forgotten class and all. A Frechet distance falls as counts rise, so counts are kept equal where the data allow
-it and are reported where they do not.
+also measured for three references. `oracle`: the original model's samples with the forgotten class removed by the
+classifier, which is what perfect unlearning would leave. `floor`: real held-out images. `before`: the original model,
+forgotten class and all. A Frechet distance falls as counts rise, so counts are kept equal where the data allow it and
+are reported where they do not.
 """
 
 from __future__ import annotations
@@ -328,11 +328,8 @@ class _Comparison:
                 if metric in measured:
                     values[name] = measured[metric]
                     continue
-                needed = 2 if metric in ("u_fid", "kid") else LEAST_IMAGES
-                found_images = min(len(features), len(reference))
-                self.omitted[f"{metric}.{name}"] = (
-                    f"{found_images} images without the forgotten class; {needed} are needed"
-                )
+                have, need = min(len(features), len(reference)), 2 if metric in ("u_fid", "kid") else LEAST_IMAGES
+                self.omitted[f"{metric}.{name}"] = f"{have} images without the forgotten class; {need} are needed"
         self.report("distances", len(sets), len(sets))
         counts = {"real": len(real), "floor": len(floor), "oracle": len(oracle)}
         self.doubt_counts(counts)

@@ -19,6 +19,8 @@ from vdu_fast.baselines.training import TrainingSettings, denoising_loss, descen
 class FineTuneSettings(TrainingSettings):
     """Settings of fine-tuning, see `TrainingSettings`."""
 
+    learning_rate: float = 6e-4
+
 
 def _train(run: MethodRun) -> dict[str, Any]:
     size, images = run.settings.batch_size, run.inputs.retained_images()

@@ -123,17 +123,12 @@ def run_method(
         InputError: data that the method needs are missing, or the budget does not pay for one step.
     """
     settings = settings if settings is not None else method.settings()
-    if method.sees != "retained data" and (inputs.forget is None or not len(inputs.forget)):
-        raise InputError(f"forget: {method.title} needs images of what must go, and there are none. Give some.")
-    if "retained" in method.sees:
-        inputs.retained_images()
-    else:
-        inputs = replace(inputs, retained=None)
-    if method.sees == "retained data":
-        inputs = replace(inputs, forget=None)
-    module = denoiser.module
-    training = module.training
-    began = time.perf_counter()
+    inputs = replace(
+        inputs,
+        forget=inputs.forget if "forget" in method.sees else None,
+        retained=inputs.retained if "retained" in method.sees else None,
+    )
+    module, training, began = denoiser.module, denoiser.module.training, time.perf_counter()
     with EvaluationCounter(module, budget if method.limited else None) as counter:
         # Dropout would draw from a generator that is no function of the seed.
         module.eval()

@@ -34,7 +34,7 @@ class NegGradPlusSettings(TrainingSettings):
         retained_weight: a.
     """
 
-    retained_weight: float = 2.0
+    retained_weight: float = 4.0
 
 
 def _ascend(run: MethodRun) -> dict[str, Any]:

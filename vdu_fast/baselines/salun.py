@@ -43,7 +43,8 @@ class SalUnSettings(TrainingSettings):
         mask_batches: batches of forget images over which the gradient for the mask is summed.
     """
 
-    retained_weight: float = 1.0
+    learning_rate: float = 3e-4
+    retained_weight: float = 3.0
     mask_share: float = 0.5
     mask_batches: int = 10
 
