@@ -106,6 +106,20 @@ def test_it_stops_when_the_budget_is_used_up(name):
         run(name, budget=20 if name != "selective_amnesia" else 260)
 
 
+@pytest.mark.parametrize("name", ["fine_tune", "vdu"])
+def test_without_a_budget_something_must_say_when_to_stop(name):
+    assert run(name, budget=None)[0]["steps"] == 6
+    with pytest.raises(InputError, match="steps: without a budget something must say when to stop"):
+        run(name, budget=None, settings=replace(settings_of(name), steps=None))
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(InputError, match="batch_size and steps must be at least 1, got 64 and 0"):
+        get_method("siss").settings(batch_size=64, steps=0)
+    with pytest.raises(InputError, match="learning_rate must be 0 or a positive number, got nan"):
+        get_method("siss").settings(learning_rate=math.nan)
+
+
 def test_ours_needs_its_whole_budget():
     needed = evaluations_of_unlearn(OURS, len(FORGET))
     record, _ = run("ours", budget=needed)

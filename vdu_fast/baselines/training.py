@@ -44,6 +44,12 @@ class TrainingSettings:
     batch_size: int = 64
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise InputError(f"learning_rate must be 0 or a positive number, got {self.learning_rate}.")
+        if self.batch_size < 1 or (self.steps is not None and self.steps < 1):
+            raise InputError(f"batch_size and steps must be at least 1, got {self.batch_size} and {self.steps}.")
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -121,6 +127,27 @@ def flat(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def number_of_steps(run: MethodRun, *, cost: int, first: int | None = None) -> int:
+    """Steps that settings and budget allow, at `cost` network evaluations each; the first may cost something else.
+
+    Raises:
+        InputError: the budget does not pay for one, or neither says when to stop.
+    """
+    first = cost if first is None else first
+    payable, steps = run.counter.times(1), run.settings.steps
+    if payable is None:
+        if steps is None:
+            raise InputError("steps: without a budget something must say when to stop. Give steps, or a budget.")
+        return steps
+    if payable < first:
+        raise InputError(
+            f"budget: {run.counter.limit} network evaluations, {run.counter.spent} of them spent, do not pay for one "
+            f"step of {first}. Raise the budget, or lower batch_size."
+        )
+    affordable = 1 + (payable - first) // cost
+    return affordable if steps is None else min(steps, affordable)
+
+
 def descend(run: MethodRun, gradient: Callable[[int], dict[str, float]], *, cost: int) -> dict[str, Any]:
     """Adam on the parameters of the run's model until steps or budget are used up.
 
@@ -132,21 +159,13 @@ def descend(run: MethodRun, gradient: Callable[[int], dict[str, float]], *, cost
         `steps` done, `stopped_because`, and `losses` of about twenty steps.
 
     Raises:
-        InputError: the budget does not pay for one step, or a loss is not finite at the first.
+        InputError: see `number_of_steps`.
     """
     settings: TrainingSettings = run.settings
-    parameters = trained_parameters(run.denoiser)
-    payable = run.counter.times(cost)
-    total = min(value for value in (settings.steps, payable) if value is not None)
-    if total < 1:
-        raise InputError(
-            f"budget: {run.counter.limit} network evaluations, {run.counter.spent} of them spent, do not pay for one "
-            f"step of {cost}. Raise the budget, or lower batch_size."
-        )
+    parameters, total = trained_parameters(run.denoiser), number_of_steps(run, cost=cost)
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     losses: list[dict[str, float]] = []
-    reason = "the budget is used up" if total == payable else f"all {total} steps done"
-    done = 0
+    reason, done = f"all {total} steps done" if total == settings.steps else "the budget is used up", 0
     while done < total:
         optimizer.zero_grad()
         measured = gradient(done)

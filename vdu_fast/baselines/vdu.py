@@ -16,9 +16,8 @@ from typing import Any
 from vdu_fast.baselines.budget import evaluations_of_unlearn
 from vdu_fast.baselines.method import Method, MethodRun
 from vdu_fast.baselines.ours import unlearn_within
-from vdu_fast.baselines.training import ANNEAL, MAX_GRADIENT_NORM, TrainingSettings
+from vdu_fast.baselines.training import ANNEAL, MAX_GRADIENT_NORM, TrainingSettings, number_of_steps
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,7 @@ def _train(run: MethodRun) -> dict[str, Any]:
     }
     # One check, at the end: nothing depends on it.
     one = evaluations_of_unlearn(UnlearnConfig(steps=1, check_every=1, **common), images)
-    payable = run.counter.times(1)
-    if payable is not None and payable < one:
-        raise InputError(f"budget: {payable} network evaluations do not pay for one step of {one}. Raise the budget.")
-    affordable = None if payable is None else 1 + (payable - one) // (3 * settings.batch_size)
-    steps = min(value for value in (settings.steps, affordable) if value is not None)
+    steps = number_of_steps(run, cost=3 * settings.batch_size, first=one)
     return unlearn_within(run, UnlearnConfig(steps=steps, check_every=steps, **common))
 
 
