@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from vdu_fast.baselines import METHOD_NAMES, get_method
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig
 
@@ -91,3 +92,35 @@ class TestTenDigits:
         metrics["settings"] |= change
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
         assert not script("ten_digits").finished(3, tmp_path)
+
+
+class TestTuneBaselines:
+    @pytest.fixture
+    def tuning(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return script("tune_baselines")
+
+    def test_the_defaults_of_every_baseline_are_what_did_best(self, tuning):
+        for name in tuning.SETTINGS:
+            settings = get_method(name).settings
+            assert settings() == settings(**json.loads(tuning.best(name)["changes"])), name
+
+    def test_every_method_gets_the_same_number_of_tries(self, tuning):
+        assert len({len(tries) for tries in tuning.SETTINGS.values()}) == 1
+        assert set(tuning.SETTINGS) == set(METHOD_NAMES) - {"ours", "retrain"}
+
+    def test_the_best_forgets_first_and_keeps_then(self, tuning, monkeypatch):
+        rows = [
+            {"method": "a", "pul": "89", "u_fid": "1"},
+            {"method": "a", "pul": "95", "u_fid": "3"},
+            {"method": "a", "pul": "91", "u_fid": "2"},
+            {"method": "b", "pul": "50", "u_fid": "9"},
+            {"method": "b", "pul": "40", "u_fid": "1"},
+        ]
+        monkeypatch.setattr(tuning, "rows", lambda: rows)
+        assert tuning.best("a") == rows[2]
+        assert tuning.best("b") == rows[3]
+        assert tuning.best("c") is None
+
+    def test_it_is_not_tuned_on_the_noise_of_the_tables(self, tuning):
+        assert EvaluationConfig().seed != tuning.EVALUATION_SEED

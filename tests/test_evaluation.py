@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vdu_fast import evaluation
 from vdu_fast.classifier import ImageClassifier, frechet_distance, train_classifier
 from vdu_fast.data import ImageSet
+from vdu_fast.distances import kernel_distance, nearest_neighbours
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig, evaluate, noise_prediction_error, percentage_unlearned
 from vdu_fast.pipelines import Denoiser
@@ -114,6 +115,22 @@ def test_u_fid_of_all_samples_against_real_images_without_the_class(
     assert u_fid["oracle"] < u_fid["before"]
 
 
+def test_the_neighbours_of_u_fid_compare_the_same_sets(
+    result: evaluation.Evaluation, classifier: ImageClassifier
+) -> None:
+    reference, _ = classifier.embed_and_classify(of_classes(0, 2, 3))
+    features, _ = classifier.embed_and_classify(result.after)
+    metrics = result.metrics
+    assert metrics["kid"]["after"] == pytest.approx(kernel_distance(features, reference, seed=CONFIG.seed), abs=1e-9)
+    expected = nearest_neighbours(features, reference)
+    for name in ("precision", "recall", "density", "coverage"):
+        assert set(metrics[name]) == {"before", "after", "oracle", "floor"}
+        assert metrics[name]["after"] == pytest.approx(getattr(expected, name))
+    # A model that draws a class too many is less precise, and one that lost nothing else covers as much.
+    assert metrics["precision"]["before"] < metrics["precision"]["after"]
+    assert metrics["kid"]["before"] > metrics["kid"]["after"]
+
+
 def test_oracle_is_topped_up_from_later_samples(result: evaluation.Evaluation, classifier: ImageClassifier) -> None:
     counts = result.metrics["counts"]
     assert counts["oracle"] == counts["samples"] == CONFIG.samples
@@ -134,6 +151,7 @@ def test_oracle_of_a_model_that_draws_nothing_else(classifier: ImageClassifier) 
     ).metrics
     assert "oracle" not in metrics["u_fid"]
     assert "2 are needed" in metrics["omitted"]["u_fid.oracle"]
+    assert "6 are needed" in metrics["omitted"]["recall.oracle"]
     assert metrics["counts"]["oracle_extra_drawn"] == 3 * config.samples
     assert "kept_ratio_min" not in metrics["shares"]
     assert any("too few for a covariance" in warning for warning in metrics["warnings"])
@@ -206,7 +224,7 @@ def test_a_classifier_is_trained_where_none_is_given(
         progress=lambda *at: stages.append(at),
     )
     assert seeds == [77]
-    assert {stage for stage, _, _ in stages} >= {"classifier", "samples before", "samples after", "u-FID", "losses"}
+    assert {stage for stage, _, _ in stages} >= {"classifier", "samples before", "samples after", "distances", "losses"}
     assert all(0 <= done <= total for _, done, total in stages)
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from vdu_fast import report
 from vdu_fast.classifier import ImageClassifier
 from vdu_fast.evaluation import Evaluation
+from vdu_fast.figures import png
 from vdu_fast.report import judge, plain, print_summary, write_report
 
 NAMES = ("T-shirt/top", "<b>bag</b>", "$x$ & co")
@@ -168,7 +169,7 @@ def test_forgotten_samples_are_framed() -> None:
 @pytest.mark.parametrize(("channels", "size"), [(3, 28), (1, 100), (2, 8)])
 def test_sample_grid_of_other_images(channels: int, size: int) -> None:
     figure = report.draw_samples(example(channels, size, samples=12))
-    assert Image.open(io.BytesIO(report._png(figure))).size[0] > 800
+    assert Image.open(io.BytesIO(png(figure))).size[0] > 800
 
 
 def test_losses_use_what_was_recorded() -> None:

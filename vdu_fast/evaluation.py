@@ -6,17 +6,18 @@ Definitions, for N generated samples of the model before and after, from the sam
     u-FID  = Frechet distance between ALL samples of a model and REAL training images without the forgotten class,
              in the features of the classifier's penultimate layer ("FID" alone would mean Inception's)
 
-u-FID is also measured for three references. `oracle`: the original model's samples with the forgotten class removed by
-the classifier, which is what perfect unlearning would leave. `floor`: real held-out images. `before`: the original
-model, forgotten class and all. A Frechet distance falls as counts rise, so counts are kept equal where the data allow
-it and are reported where they do not.
+KID, precision, recall, density and coverage (`vdu_fast.distances`) compare the same sets in the same features. All are
+also measured for three references. `oracle`: the original model's samples with the forgotten class removed by the
+classifier, which is what perfect unlearning would leave. `floor`: real held-out images. `before`: the original model,
+forgotten class and all. A Frechet distance falls as counts rise, so counts are kept equal where the data allow it and
+are reported where they do not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from vdu_fast.classifier import (
     train_classifier,
 )
 from vdu_fast.data import ImageSet
+from vdu_fast.distances import LEAST_IMAGES, NearestNeighbours, kernel_distance, nearest_neighbours
 from vdu_fast.errors import InputError, check_choices
 from vdu_fast.execution import CompileMode, Execution, Precision
 from vdu_fast.pipelines import Denoiser
@@ -261,13 +263,13 @@ class _Comparison:
         percentage_unlearned(n_before, 0, samples=samples, class_name=name)
         unlearned = self.draw(self.after, "after", samples)
         n_after = int((unlearned.labels == self.forget).sum())
-        u_fid, counts = self.u_fid(original, unlearned)
+        distances, counts = self.distances(original, unlearned)
         flow = self.before.schedule.prediction_type == "velocity"
         sampler = "Euler (flow matching)" if flow else "DDIM (eta = 0)"
         metrics: dict[str, Any] = {
             "forgotten_class": {"index": self.forget, "name": name},
             "pul": percentage_unlearned(n_before, n_after, samples=samples, class_name=name),
-            "u_fid": u_fid,
+            **distances,
             "feature_extractor": FEATURE_EXTRACTOR,
             "shares": self.shares(original.labels, unlearned.labels),
             **self.losses(),
@@ -325,8 +327,8 @@ class _Comparison:
             kept, drawn = torch.cat([kept, more.features[more.labels != self.forget]]), drawn + count
         return kept[:wanted], drawn - len(original.labels)
 
-    def u_fid(self, original: _Drawn, unlearned: _Drawn) -> tuple[dict[str, float], dict[str, int]]:
-        """The four u-FIDs, and the counts behind them."""
+    def distances(self, original: _Drawn, unlearned: _Drawn) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+        """u-FID and its neighbours, each of the four sets against the real images, and the counts behind them."""
         config, classifier = self.config, self.classifier
         assert self.train.labels is not None
         assert self.heldout.labels is not None
@@ -336,18 +338,27 @@ class _Comparison:
         floor, _ = classifier.embed_and_classify(unseen)
         oracle, extra = self.oracle(original)
 
-        u_fid = {}
+        found: dict[str, dict[str, float]] = {"u_fid": {}, "kid": {}}
+        found |= {field.name: {} for field in fields(NearestNeighbours)}
         sets = {"before": original.features, "after": unlearned.features, "oracle": oracle, "floor": floor}
         for done, (name, features) in enumerate(sets.items()):
-            self.report("u-FID", done, len(sets))
-            if len(features) < 2:
-                self.omitted[f"u_fid.{name}"] = f"{len(features)} images without the forgotten class; 2 are needed"
-                continue
-            u_fid[name] = frechet_distance(features, reference)
-        self.report("u-FID", len(sets), len(sets))
+            self.report("distances", done, len(sets))
+            measured = {}
+            if len(features) >= 2:
+                measured["u_fid"] = frechet_distance(features, reference)
+                measured["kid"] = kernel_distance(features, reference, seed=config.seed)
+            if min(len(features), len(reference)) >= LEAST_IMAGES:
+                measured |= asdict(nearest_neighbours(features, reference))
+            for metric, values in found.items():
+                if metric in measured:
+                    values[name] = measured[metric]
+                    continue
+                have, need = min(len(features), len(reference)), 2 if metric in ("u_fid", "kid") else LEAST_IMAGES
+                self.omitted[f"{metric}.{name}"] = f"{have} images without the forgotten class; {need} are needed"
+        self.report("distances", len(sets), len(sets))
         counts = {"real": len(real), "floor": len(floor), "oracle": len(oracle)}
         self.doubt_counts(counts)
-        return u_fid, {**counts, "oracle_extra_drawn": extra}
+        return found, {**counts, "oracle_extra_drawn": extra}
 
     def doubt_counts(self, counts: dict[str, int]) -> None:
         samples, features = self.config.samples, self.classifier.num_features

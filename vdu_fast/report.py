@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.metadata
-import io
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from vdu_fast.checkpoint import write_bytes_atomic, write_json_atomic
 from vdu_fast.evaluation import Evaluation
+from vdu_fast.figures import AFTER, BEFORE, FAINT, FLOOR, FORGOTTEN, INK, ORACLE, new_figure, png, tidy
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
 
@@ -30,9 +29,6 @@ GOOD_PUL = 95.0
 GOOD_U_FID = 1.5  # times the oracle's
 GOOD_KEPT = 0.6  # of its share, for the class that kept least
 
-# Okabe and Ito's colours, which people with any common colour vision tell apart.
-BEFORE, AFTER, ORACLE, FLOOR, FORGOTTEN = "#8A94A0", "#0072B2", "#009E73", "#CC79A7", "#D1300F"
-_INK, _FAINT = "#1D2530", "#5C6773"
 _PAIRS_PER_ROW, _CELL, _FRAME = 8, 56, 4
 _MOST_FORGOTTEN, _MOST_OTHERS = 24, 40
 
@@ -76,7 +72,7 @@ def write_report(
         metrics["omitted"]["losses.png"] = "no training history was given"
         # One left by an earlier run would be read as this run's.
         (output / "losses.png").unlink(missing_ok=True)
-    pictures = {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    pictures = {name: png(figure) for name, figure in figures.items() if figure is not None}
     for name, data in pictures.items():
         write_bytes_atomic(output / f"{name}.png", data)
     write_bytes_atomic(output / "report.html", render_html(metrics, pictures, title).encode())
@@ -118,32 +114,6 @@ def software_versions() -> dict[str, str]:
 
 
 # Pictures
-
-
-def _figure(width: float, height: float, **layout: Any) -> Figure:
-    """A figure without pyplot, whose global state would leak between reports. Sizes in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, **layout)
-    FigureCanvasAgg(figure)
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.set(w_pad=0.12, h_pad=0.06)  # type: ignore[call-arg]
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    figure.savefig(buffer := io.BytesIO(), format="png", facecolor="white")
-    return buffer.getvalue()
-
-
-def _tidy(axes: Axes, grid: str = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#C4CBD2")
-    axes.tick_params(colors=_FAINT, labelsize=9)
-    axes.grid(axis=grid, color="#E8EBEE", linewidth=0.8)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
 
 
 def _thumbnails(images: Tensor) -> np.ndarray:
@@ -190,18 +160,18 @@ def draw_samples(evaluation: Evaluation) -> Figure:
     blocks = [_pair_grid(evaluation, chosen) for _, _, chosen in shown]
     header, margin, width = 62, 10, blocks[0].shape[1]
     full_width, full_height = width + 2 * margin, sum(len(block) + header for block in blocks) + margin
-    figure, top = _figure(full_width / 100, full_height / 100), 0
+    figure, top = new_figure(full_width / 100, full_height / 100), 0
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / full_width, 1 - y / full_height, text, va="center", parse_math=False, **style)
 
     for (text, count, chosen), block in zip(shown, blocks, strict=True):
         title = f"{text}: first {len(chosen)} of {count} seeds"
-        write(margin + 4, top + 22, title, fontsize=11, weight="bold", color=_INK)
+        write(margin + 4, top + 22, title, fontsize=11, weight="bold", color=INK)
         for column in range(min(_PAIRS_PER_ROW, len(chosen))):
             for label, middle in (("before", 0.22), ("after", 0.66)):
                 x = margin + (column + middle) * width / _PAIRS_PER_ROW
-                write(x, top + 50, label, fontsize=8, color=_FAINT, ha="center")
+                write(x, top + 50, label, fontsize=8, color=FAINT, ha="center")
         top += header + len(block)
         place = margin / full_width, 1 - top / full_height, width / full_width, len(block) / full_height
         axes = figure.add_axes(place)
@@ -215,14 +185,14 @@ def draw_shares(metrics: Mapping[str, Any]) -> Figure:
     before, after = metrics["shares"]["before"], metrics["shares"]["after"]
     names, forgotten = list(before), metrics["forgotten_class"]["name"]
     place = np.arange(len(names))
-    figure = _figure(min(16.0, max(7.5, 0.55 * len(names) + 1.5)), 3.6, layout="constrained")
+    figure = new_figure(min(16.0, max(7.5, 0.55 * len(names) + 1.5)), 3.6, layout="constrained")
     axes = figure.add_subplot()
     axes.bar(place - 0.2, [100 * before[name] for name in names], 0.38, color=BEFORE, label="before")
     axes.bar(place + 0.2, [100 * after[name] for name in names], 0.38, color=AFTER, label="after")
     crowded = len(names) > 25 or max(map(len, names)) * len(names) > 90
     axes.set_xticks(place, names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
-    axes.set_ylabel("share of samples (%)", color=_FAINT)
-    _tidy(axes)
+    axes.set_ylabel("share of samples (%)", color=FAINT)
+    tidy(axes)
     for label, name in zip(axes.get_xticklabels(), names, strict=True):
         label.set_parse_math(False)  # a dollar sign in a name is no formula
         if name == forgotten:
@@ -241,7 +211,7 @@ def draw_tradeoff(metrics: Mapping[str, Any]) -> Figure:
         ("oracle (perfect removal)", "oracle", 100.0, ORACLE, "D", 190),  # seen behind a model that reaches it
         ("unlearned model", "after", pul, AFTER, "o", 90),
     ]
-    figure = _figure(7.5, 4.2, layout="constrained")
+    figure = new_figure(7.5, 4.2, layout="constrained")
     axes = figure.add_subplot()
     if "before" in u_fid and "after" in u_fid:
         arrow = {"arrowstyle": "-|>", "color": "#B8C0C8", "shrinkA": 9, "shrinkB": 9, "lw": 1.4}
@@ -260,9 +230,9 @@ def draw_tradeoff(metrics: Mapping[str, Any]) -> Figure:
     else:
         axes.set_ylim(0, 1.12 * max(*values, 1e-6))
     axes.set_xlim(min(-4.0, pul - 4), 104)
-    axes.set_xlabel("PUL: forgotten, % (right is better)", color=_FAINT)
-    axes.set_ylabel("u-FID (lower is better)", color=_FAINT)
-    _tidy(axes, "both")
+    axes.set_xlabel("PUL: forgotten, % (right is better)", color=FAINT)
+    axes.set_ylabel("u-FID (lower is better)", color=FAINT)
+    tidy(axes, "both")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle("Forgetting against quality", x=0.01, ha="left", fontsize=11, weight="bold")
     return figure
@@ -287,16 +257,16 @@ def draw_losses(history: Sequence[Mapping[str, Any]]) -> Figure | None:
         series.pop("forget_loss", None)
     if not series:
         return None
-    figure = _figure(7.5, 2.4 * math.ceil(len(series) / 2) + 0.3, layout="constrained")
+    figure = new_figure(7.5, 2.4 * math.ceil(len(series) / 2) + 0.3, layout="constrained")
     for place, (key, found) in enumerate(series.items()):
         axes = figure.add_subplot(math.ceil(len(series) / 2), min(2, len(series)), place + 1)
         steps, values = zip(*found, strict=True)
         axes.plot(steps, values, color=AFTER, linewidth=1.6, marker="o" if len(found) < 3 else None)
         if key == "forget_ratio":
             axes.axhline(1, color=BEFORE, linestyle=":", linewidth=1)
-        axes.set_title(panels[key], loc="left", fontsize=10, color=_INK)
-        axes.set_xlabel("step", color=_FAINT, fontsize=9)
-        _tidy(axes)
+        axes.set_title(panels[key], loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("step", color=FAINT, fontsize=9)
+        tidy(axes)
     figure.suptitle("The unlearning run", x=0.01, ha="left", fontsize=11, weight="bold")
     return figure
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "unlearn": "make a model forget, from pictures of what must go",
     "profile": "show where the time and the memory of unlearning go, and what would help",
     "evaluate": "measure what was forgotten and what it cost, and write a report",
+    "compare": "run other unlearning methods beside this one at equal cost, and write a table",
     "benchmark": "measure the fast ops on this machine against torch without them",
     "tune": "time block sizes of the Triton kernels on a GPU and remember the fastest",
     "doctor": "show versions, devices and backends, and check the installation",

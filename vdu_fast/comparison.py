@@ -1,0 +1,299 @@
+"""Methods side by side: one run for every (class, seed, method), each kept in a file of its own, so that a comparison
+that was stopped goes on where it was.
+
+Every run starts from the same model, gets the network evaluations that `unlearn` needs under its defaults, sees only
+the data that its method may see, and is judged by the same classifier on the same starting noise. Classifier and
+samples of the original model are made once and kept beside the runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdu_fast.baselines import get_method
+from vdu_fast.baselines.budget import evaluations_of_unlearn
+from vdu_fast.baselines.method import MethodInputs, run_method
+from vdu_fast.checkpoint import fingerprint, load_tensors, save_tensors, write_json_atomic
+from vdu_fast.classifier import ImageClassifier, train_classifier
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.data import ImageSet
+from vdu_fast.errors import InputError
+from vdu_fast.evaluation import EvaluationConfig, evaluate, percentage_unlearned
+from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.pretrain import PretrainConfig
+from vdu_fast.report import plain, software_versions
+from vdu_fast.sampling import sample_images
+
+# Called with (runs done, runs in all, what was done last).
+ComparisonProgress = Callable[[int, int, str], None]
+
+# The oracle fills the gaps that a class leaves from later samples; this many more are enough for one class in six.
+_SPARE_SAMPLES = 1.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: forget the class `label` by a method from a seed."""
+
+    label: int
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A comparison of methods on one model.
+
+    Attributes:
+        model: pipeline folder of the trained model; with the pretrain.json of `vdu-fast pretrain` for "retrain".
+        posterior: over its weights, or the file that holds it.
+        train: labelled images: those of a class are forgotten, the others are retained and the u-FID reference.
+        heldout: labelled images of the same classes that the model did not see.
+        output: folder for the runs and what they share.
+        config: how results are measured.
+        settings: of methods, by name, in the place of their defaults.
+        device: where models run; "auto" takes CUDA where there is one.
+    """
+
+    model: Path
+    posterior: GaussianPosterior | Path
+    train: ImageSet
+    heldout: ImageSet
+    output: Path
+    config: EvaluationConfig = field(default_factory=EvaluationConfig)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+
+    @cached_property
+    def original(self) -> Denoiser:
+        """The model before unlearning."""
+        return self._load()
+
+    def _load(self) -> Denoiser:
+        denoiser = denoiser_of(load_pipeline(self.model))
+        denoiser.module.to(pick_device(self.device, denoiser.module))
+        return denoiser
+
+    @cached_property
+    def weights(self) -> GaussianPosterior:
+        """The posterior, loaded."""
+        return (
+            self.posterior if isinstance(self.posterior, GaussianPosterior) else GaussianPosterior.load(self.posterior)
+        )
+
+    @cached_property
+    def pretraining(self) -> PretrainConfig | None:
+        """How the model was trained, or None where no pretrain.json says so."""
+        return read_pretraining(self.model)
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """What every run depends on, as digests."""
+        pixels = hashlib.sha256()
+        for images in (self.train, self.heldout):
+            pixels.update(images.images.numpy().tobytes())
+            if images.labels is not None:
+                pixels.update(images.labels.numpy().tobytes())
+        spread = hashlib.sha256()
+        for name, std in sorted(self.weights.std.items()):
+            spread.update(name.encode() + std.float().contiguous().numpy().tobytes())
+        return {
+            "model": fingerprint(self.original.module),
+            "posterior": spread.hexdigest()[:16],
+            "data": pixels.hexdigest()[:16],
+            "evaluation": asdict(self.config),
+        }
+
+    def settings_of(self, method: str) -> Any:
+        """The settings that a method runs with."""
+        return self.settings[method] if method in self.settings else get_method(method).settings()
+
+    def budget(self, label: int) -> int:
+        """Network evaluations that every method may spend on a class: those of `unlearn`."""
+        config = self.settings.get("ours", UnlearnConfig())
+        return evaluations_of_unlearn(config, len(self.train.only(label)))
+
+    def key(self, job: Job) -> str:
+        """A digest of all that decides the result of a run."""
+        decides = [asdict(job), asdict(self.settings_of(job.method)), self.budget(job.label), self.made_from]
+        if job.method == "retrain" and self.pretraining is not None:
+            decides.append(asdict(self.pretraining))
+        return _digest(decides)
+
+    def path(self, job: Job) -> Path:
+        """The file of a run."""
+        return self.output / "runs" / f"class-{job.label}-{job.method}-seed-{job.seed}.json"
+
+    def finished(self, job: Job) -> dict[str, Any] | None:
+        """The record of a run that was made under the settings of now, or None."""
+        path = self.path(job)
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"--output: {path} is not readable JSON ({error}). Remove it to have it made.") from error
+        return record if record.get("key") == self.key(job) else None
+
+    @cached_property
+    def classifier(self) -> ImageClassifier:
+        """The judge, trained on the training images when it is not in the output folder."""
+        made_from = _digest([self.made_from["data"], self.config.classifier_seed])
+        path = self.output / "shared" / f"classifier-{made_from}.safetensors"
+        if not path.is_file():
+            train_classifier(self.train, seed=self.config.classifier_seed).save(path)
+        return ImageClassifier.load(path)
+
+    @cached_property
+    def original_samples(self) -> Tensor:
+        """What the original model draws, from the output folder when it is there."""
+        config, count = self.config, int(_SPARE_SAMPLES * self.config.samples)
+        how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
+        path = self.output / "shared" / f"samples-{_digest([self.made_from['model'], count, how])}.safetensors"
+        if not path.is_file():
+            save_tensors(path, {"images": sample_images(self.original, count, **how)})
+        return load_tensors(path)[0]["images"]
+
+    def check_drawn(self, label: int) -> None:
+        """InputError where the original model does not draw the class: asked before anything is unlearned."""
+        _, labels = self.classifier.embed_and_classify(self.original_samples[: self.config.samples])
+        drawn = int((labels == label).sum())
+        percentage_unlearned(drawn, 0, samples=len(labels), class_name=self.train.class_names[label])
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Unlearn and evaluate, whether it was done before or not; the record is written to the run's file."""
+        forget, retained = self.train.only(job.label).images, self.train.without(job.label).images
+        denoiser, method = self._load(), get_method(job.method)
+        record = run_method(
+            method,
+            denoiser,
+            MethodInputs(forget, retained, self.weights, self.pretraining),
+            budget=self.budget(job.label),
+            seed=job.seed,
+            settings=self.settings_of(job.method),
+        )
+        metrics = evaluate(
+            self.original,
+            denoiser,
+            train=self.train,
+            heldout=self.heldout,
+            forget=job.label,
+            config=self.config,
+            classifier=self.classifier,
+            original_samples=self.original_samples,
+        ).metrics
+        record |= {
+            "key": self.key(job),
+            "label": job.label,
+            "class": self.train.class_names[job.label],
+            "made_from": self.made_from,
+            "threads": torch.get_num_threads(),
+            "device": self.original.device.type,
+            "versions": software_versions(),
+            "metrics": metrics,
+        }
+        record = plain(record)
+        write_json_atomic(self.path(job), record)
+        return record
+
+
+def read_pretraining(model: Path) -> PretrainConfig | None:
+    """The settings in the pretrain.json of a pipeline folder, or None where there is none.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    path = model / "pretrain.json"
+    if not path.is_file():
+        return None
+    try:
+        return PretrainConfig(**json.loads(path.read_text())["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--model: {path} does not hold the settings of `vdu-fast pretrain` ({error}). Remove it, and leave "
+            "retrain out of --methods."
+        ) from error
+
+
+def plan(methods: Sequence[str], labels: Sequence[int], seeds: int) -> list[Job]:
+    """All runs, seed by seed and class by class, so that what is done early compares all methods."""
+    return [Job(label, method, seed) for seed in range(seeds) for label in labels for method in methods]
+
+
+def run_all(
+    comparison: Comparison, jobs: Sequence[Job], *, processes: int = 1, progress: ComparisonProgress | None = None
+) -> list[dict[str, Any]]:
+    """The records of the jobs, in their order; those that are finished are read, not made again.
+
+    Args:
+        processes: runs at a time, each in a process of one thread; 1 runs here, with the threads that torch has here.
+        progress: called before the first run and after each.
+
+    Raises:
+        InputError: a method lacks what it needs; asked before the first run.
+    """
+    if any(job.method == "retrain" for job in jobs) and comparison.pretraining is None:
+        raise InputError(
+            f"--methods: retrain needs the pretrain.json that `vdu-fast pretrain` writes, and {comparison.model} has "
+            "none. Leave retrain out."
+        )
+    report = progress or (lambda done, total, text: None)
+    records = {job: record for job in jobs if (record := comparison.finished(job)) is not None}
+    report(len(records), len(jobs), "finished before" if records else "")
+    missing = [job for job in jobs if job not in records]
+    if missing:
+        # Makes classifier and samples, too, before the processes start, which would all make them otherwise.
+        for label in {job.label for job in missing}:
+            comparison.check_drawn(label)
+
+    def keep(job: Job, record: dict[str, Any]) -> None:
+        records[job] = record
+        pul, u_fid = record["metrics"]["pul"], record["metrics"]["u_fid"]["after"]
+        report(len(records), len(jobs), f"{record['title']}, class {record['class']}: PUL {pul:.1f}, u-FID {u_fid:.2f}")
+
+    if processes == 1 or len(missing) < 2:
+        for job in missing:
+            keep(job, comparison.run(job))
+    else:
+        # A forked process would inherit torch's threads without being able to use them.
+        # What this process has loaded already stays here: a copy carries the fields alone.
+        context, shared = get_context("spawn"), (replace(comparison),)
+        with ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=shared) as pool:
+            futures = {pool.submit(_run_in_process, job): job for job in missing}
+            try:
+                for future in as_completed(futures):
+                    keep(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [records[job] for job in jobs]
+
+
+_comparison: Comparison | None = None
+
+
+def _start_process(comparison: Comparison) -> None:
+    global _comparison
+    torch.set_num_threads(1)
+    _comparison = comparison
+
+
+def _run_in_process(job: Job) -> dict[str, Any]:
+    assert _comparison is not None
+    return _comparison.run(job)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
