@@ -129,3 +129,37 @@ def test_settings_say_how_the_network_is_run(settings):
         settings(compile="yes")
     with pytest.raises(InputError, match="precision must be one of float32, bfloat16"):
         settings(precision="half")
+
+
+class _Dropping(torch.nn.Module):
+    """The network as a compiler that loses the gradient of everything before its last layer would run it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x_t, timesteps):
+        time = (timesteps.to(x_t.dtype) / self.module.timesteps)[:, None]
+        hidden = torch.tanh(self.module.encode(x_t.flatten(1)) + self.module.time(time))
+        return self.module.decode(hidden.detach()).reshape(-1, *self.module.shape)
+
+
+def test_a_compiler_that_drops_gradients_is_found_out_and_not_used(states, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: _Dropping(module))
+    denoiser = Denoiser(build_tiny(), DDPMScheduler(50), SHAPE)
+    denoiser.execution = Execution("bfloat16", compile="default")
+    plain = denoiser.predict(*states)
+    torch.testing.assert_close(denoiser.predict(*states, repeated=True), plain, rtol=0.1, atol=0.1)
+    denoiser.check_compiled(*states)
+    assert denoiser.execution == Execution("bfloat16")
+    assert "4 of 6 parameters a wrong gradient (encode.weight, ...)" in caplog.text
+    assert all(p.grad is None for p in denoiser.module.parameters())
+
+
+def test_a_compiler_that_keeps_gradients_is_used(states, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    denoiser = Denoiser(build_tiny(), DDPMScheduler(50), SHAPE)
+    denoiser.execution = Execution(compile="default")
+    denoiser.check_compiled(*states)
+    assert denoiser.execution == Execution(compile="default")
+    assert not caplog.records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from vdu_fast.checkpoint import current_umask, replacing_folder
 from vdu_fast.errors import InputError
-from vdu_fast.execution import Execution
+from vdu_fast.execution import Execution, differing_gradients
 from vdu_fast.modules import unwrapped
 from vdu_fast.schedule import NoiseSchedule
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = "unconditional pixel-space pipelines with a UNet2DModel (DDPMPipeline, DDIMPipeline and the like)"
 
@@ -69,6 +72,22 @@ class Denoiser:
         if self._compiled is None or self._compiled[0] != mode:
             self._compiled = mode, self.execution.compiled(self.module)
         return self._compiled[1]
+
+    def check_compiled(self, x_t: Tensor, timesteps: Tensor) -> None:
+        """Where the compiled network has other gradients than the plain one: say so, and compile no more."""
+        if self.execution.compile == "off":
+            return
+
+        def loss(repeated: bool) -> Tensor:
+            return self.predict(x_t, timesteps, repeated=repeated).float().square().mean()
+
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if wrong := differing_gradients(lambda: loss(False), lambda: loss(True), trained):
+            logger.warning(
+                "torch.compile gives %d of %d parameters a wrong gradient (%s, ...), so the network runs uncompiled. "
+                "Leave --compile out, or try another version of torch.", len(wrong), len(trained), wrong[0],
+            )  # fmt: skip
+            self.execution = replace(self.execution, compile="off")
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -107,6 +107,7 @@ class UnlearningRun:
             NoisePredictionProbe(denoiser, retained_images, **probe) if retained_images is not None else None
         )
         self.write_mean()
+        denoiser.check_compiled(*self._forget_batch(0)[1:])
         self.start_error = float(self.forget_probe.error().mean())
         self.start_curve = error_curve(denoiser, self.images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
