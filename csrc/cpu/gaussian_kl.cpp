@@ -8,7 +8,7 @@ namespace {
 enum Needs : int64_t { kMean = 1, kLogStd = 2, kPriorMean = 4, kPriorStd = 8 };
 
 Tensor gradient_like(const Tensor& like, bool needed) {
-  return needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
+  return needed ? result_like(like) : torch::stable::new_empty(like, {0});
 }
 
 Operand gradient_operand(const Tensor& gradient, bool needed) {
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mea
     check_same_shape(grad, tensor, "every argument");
     tensor = torch::stable::contiguous(tensor);
   }
-  Tensor d_mean = torch::stable::empty_like(all[1]), d_log_std = torch::stable::empty_like(all[2]);
+  Tensor d_mean = result_like(all[1]), d_log_std = result_like(all[2]);
   const Draw draw = draw_of(seed, step, kWeightsStream);
   const auto total = with_compute_type(is_wide(mean), [&](auto zero) {
     using T = decltype(zero);

@@ -10,6 +10,7 @@
 
 #include "../tensors.h"
 #include "isa.h"
+#include "results.h"
 #include "stream.h"
 
 namespace vdu {

@@ -88,8 +88,9 @@ struct VariationalGradients {
     normals(key, noise.offset + place.first, n);
     VDU_LANES {
       T d_mean, d_log_std, kl;
-      portable::objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight, d_mean,
-                                    d_log_std, kl);
+      const T std = portable::exponential(log_std[i]), log_prior_std = portable::natural_log(prior_std[i]);
+      portable::objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], std, log_prior_std, n[i],
+                                    kl_weight, d_mean, d_log_std, kl);
       mean[i] = d_mean, log_std[i] = d_log_std, n[i] = kl;
     }
     place.store(kDMean, mean);
