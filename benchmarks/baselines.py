@@ -183,19 +183,43 @@ def gradients(s: State) -> Row:
     def compiled() -> object:
         return compiled_body(torch.randn_like(s.mean), *(getattr(s, a) for a in arguments))
 
-    def ours() -> tuple[Tensor, Tensor, Tensor]:
-        ops.sample_weights_(s.theta, s.mean, s.log_std, 1, 2)
-        return ops.variational_gradients(s.grad, s.mean, s.log_std, s.center, s.prior_std, 1, 2, kl_weight=KL_WEIGHT)
+    given = {name: torch.empty_like(s.mean) for name in ("noise", "theta", "d_mean", "d_log_std")}
 
-    kl, d_mean, d_log_std = ours()
+    @torch.compile
+    def compiled_into_body(
+        n: Tensor, theta: Tensor, d_mean: Tensor, d_log_std: Tensor, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
+        made = body(n, *tensors)
+        theta.copy_(made[0])
+        d_mean.copy_(made[2])
+        d_log_std.copy_(made[3])
+        return made[1]
+
+    def compiled_into() -> object:
+        given["noise"].normal_()
+        return compiled_into_body(*given.values(), tuple(getattr(s, a) for a in arguments))
+
+    operands = (s.grad, s.mean, s.log_std, s.center, s.prior_std, 1, 2)
+
+    def ours() -> Tensor:
+        ops.sample_weights_(s.theta, s.mean, s.log_std, 1, 2)
+        return ops.variational_gradients_(s.d_mean, s.d_log_std, *operands, kl_weight=KL_WEIGHT)
+
+    def ours_fresh() -> tuple[Tensor, Tensor, Tensor]:
+        ops.sample_weights_(s.theta, s.mean, s.log_std, 1, 2)
+        return ops.variational_gradients(*operands, kl_weight=KL_WEIGHT)
+
     expected = body(noise(s), *(getattr(s, a) for a in arguments))
-    names, results = ("theta", "KL", "d_mean", "d_log_std"), (s.theta, kl, d_mean, d_log_std)
-    for name, got, want in zip(names, results, expected, strict=True):
-        check_close(f"variational_gradients: {name}", got, want)
+    kl = ours()
+    fresh_kl, *fresh = ours_fresh()
+    names = ("theta", "KL", "d_mean", "d_log_std")
+    for results in ((s.theta, kl, s.d_mean, s.d_log_std), (s.theta, fresh_kl, *fresh)):
+        for name, got, want in zip(names, results, expected, strict=True):
+            check_close(f"variational_gradients: {name}", got, want)
     return Row(
         "sample + KL + gradients",
-        {"eager": eager, "_foreach": foreach, "compile": compiled},
-        {"vdu_fast": ours},
+        {"eager": eager, "_foreach": foreach, "compile": compiled, "compile, given results": compiled_into},
+        {"vdu_fast": ours, "vdu_fast, fresh results": ours_fresh},
         s.numel,
         at_least=3,
         bytes=40 * s.numel,

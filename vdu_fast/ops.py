@@ -460,7 +460,7 @@ def variational_gradients_(
     kl_weight: float = 1.0,
     offset: int = 0,
 ) -> Tensor:
-    """`variational_gradients` into tensors that are there already: at every step, fresh memory costs more than the rest.
+    """`variational_gradients` into tensors that are there already: fresh memory can cost more than the computation.
 
     Args:
         d_mean, d_log_std: written; contiguous, of the shape and dtype of the others, sharing memory with none.

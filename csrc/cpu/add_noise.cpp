@@ -6,7 +6,7 @@ namespace vdu {
 // x_t = signal x_0 + noise n with coefficients per sample, [B].
 Tensor mix_noise(Tensor x0, Tensor signal, Tensor noise, Tensor seed, Tensor step) {
   x0 = torch::stable::contiguous(x0);
-  Tensor out = result_like(x0);
+  Tensor out = torch::stable::empty_like(x0);
   const Batch batch(x0);
   const auto signals = per_sample(signal, batch.samples, "signal"), noises = per_sample(noise, batch.samples, "noise");
   const Draw draw = draw_of(seed, step, kImageNoiseStream);

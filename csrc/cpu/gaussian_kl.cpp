@@ -8,7 +8,7 @@ namespace {
 enum Needs : int64_t { kMean = 1, kLogStd = 2, kPriorMean = 4, kPriorStd = 8 };
 
 Tensor gradient_like(const Tensor& like, bool needed) {
-  return needed ? result_like(like) : torch::stable::new_empty(like, {0});
+  return needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
 }
 
 Operand gradient_operand(const Tensor& gradient, bool needed) {
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mea
                                                          int64_t offset) {
   mean = torch::stable::contiguous(mean);
   log_std = torch::stable::contiguous(log_std);
-  Tensor d_mean = result_like(mean), d_log_std = result_like(log_std);
+  Tensor d_mean = torch::stable::empty_like(mean), d_log_std = torch::stable::empty_like(log_std);
   Tensor kl = variational_gradients_(d_mean, d_log_std, grad, mean, log_std, prior_mean, prior_std, seed, step,
                                      kl_weight, offset);
   return {kl, d_mean, d_log_std};

@@ -95,7 +95,7 @@ Tensor noise_prediction_error_backward(Tensor grad, Tensor prediction, std::opti
   const Batch batch(prediction);
   const Target target(batch, prediction, x0, signal, noise);
   const auto grads = per_sample(grad, batch.samples, "grad");
-  Tensor out = result_like(prediction);
+  Tensor out = torch::stable::empty_like(prediction);
   const Draw draw = draw_of(seed, step, kImageNoiseStream);
   const Operand predicted = operand(prediction, "prediction"), aim = operand(target.x0, "target"),
                 to = operand(out, "out", Access::write);

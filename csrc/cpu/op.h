@@ -10,7 +10,6 @@
 
 #include "../tensors.h"
 #include "isa.h"
-#include "results.h"
 #include "stream.h"
 
 namespace vdu {

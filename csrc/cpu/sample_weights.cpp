@@ -27,7 +27,7 @@ void sample_weights_(Tensors out, Tensors mean, Tensors log_std, Tensor seed, Te
 Tensor sample_weights(Tensor mean, Tensor log_std, Tensor seed, Tensor step, int64_t offset) {
   check_same_shape(mean, log_std, "log_std");
   mean = torch::stable::contiguous(mean);
-  Tensor out = result_like(mean);
+  Tensor out = torch::stable::empty_like(mean);
   sample_weights_({out}, {mean}, {torch::stable::contiguous(log_std)}, seed, step, offset);
   return out;
 }
@@ -37,7 +37,7 @@ Tensor sample_weights_backward(Tensor grad, Tensor log_std, Tensor seed, Tensor 
   check_same_shape(log_std, grad, "grad");
   grad = torch::stable::contiguous(grad);
   log_std = torch::stable::contiguous(log_std);
-  Tensor out = result_like(log_std);
+  Tensor out = torch::stable::empty_like(log_std);
   const Draw draw = draw_of(seed, step, kWeightsStream);
   with_compute_type(is_wide(log_std), [&](auto zero) {
     using T = decltype(zero);
@@ -88,7 +88,7 @@ Tensor sample_whitened_weights(Tensor center, Tensor prior_std, Tensor z, Tensor
   check_same_shape(center, prior_std, "prior_std");
   check_same_shape(center, z, "z");
   z = torch::stable::contiguous(z);
-  Tensor out = result_like(z);
+  Tensor out = torch::stable::empty_like(z);
   sample_whitened_weights_({out}, {torch::stable::contiguous(center)}, {torch::stable::contiguous(prior_std)}, {z}, {},
                            seed, step, noise_scale, offset);
   return out;
