@@ -14,8 +14,8 @@ namespace {
 using Words = __m512i;
 inline Words all(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
 inline Words counted(uint32_t first) {
-  const Words zero_up = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_add_epi32(all(first), zero_up);
+  const Words place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(all(first), place);
 }
 inline Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 inline Words upper(Words a) { return _mm512_srli_epi64(a, 32); }
@@ -52,8 +52,7 @@ constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
 // not depend on the counter's low word. These are half of the words, so half of the products are left out there.
 struct SharedWords {
   Words keys[10][2], factor0, factor1;
-  Words first2;           // ^ upper(product 0) is word 2 after the first round
-  Words second0, second2, second3;
+  Words first2, second0, second2, second3;  // of words 0, 2 and 3 after the first and after the second round
 
   SharedWords(const NoiseKey& key, uint32_t counter_high)
       : factor0(all(kFactor0)), factor1(all(kFactor1)), first2(all(key.step ^ key.seed_high)) {
@@ -96,7 +95,7 @@ inline void rounds(const SharedWords& shared, const Words (&low)[kChains], FourW
 
 #endif
 
-// The four words of counters group .. group + n - 1, word k of counter g in words[k][g]; n is a multiple of 16.
+// The four words of counters group .. group + n - 1, word k of counter g in words[k][g].
 template <int64_t n>
 void philox_words(const NoiseKey& key, uint64_t group, uint32_t (&words)[4][n]) {
 #if defined(VDU_VECTOR_PHILOX)
@@ -104,6 +103,7 @@ void philox_words(const NoiseKey& key, uint64_t group, uint32_t (&words)[4][n]) 
   if (low <= UINT32_MAX - n) {  // else the high word changes on the way
     const SharedWords shared(key, static_cast<uint32_t>(group >> 32));
     constexpr int64_t width = sizeof(Words) / sizeof(uint32_t), together = kChains / 2 * width;
+    static_assert(n % together == 0);
     for (int64_t g = 0; g < n; g += together) {
       Words counters[kChains];
       FourWords w[kChains];
