@@ -32,6 +32,7 @@ LAUNCHERS = {
     "quadratic_penalty": "gaussian_kl",
     "quadratic_penalty_backward": "gaussian_kl",
     "variational_gradients": "gaussian_kl",
+    "variational_gradients_": "gaussian_kl",
     "variational_step_": "variational_step",
     "variational_gradient_norm": "variational_step",
     "add_noise_gradient_": "variational_step",

@@ -186,6 +186,34 @@ def quadratic_penalty_backward(
 
 
 @float32_only("mean")
+def variational_gradients_(
+    d_mean: Tensor,
+    d_log_std: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    offset: int = 0,
+) -> Tensor:
+    """The KL; the gradients of loss + kl_weight KL in mean and log_std go into d_mean and d_log_std."""
+    tensors = {"grad": grad, "log_std": log_std, "prior_mean": prior_mean, "prior_std": prior_std}
+    check_beside(mean, d_mean=d_mean, d_log_std=d_log_std, **tensors)
+    check_beside(mean, d_mean=[d_mean], d_log_std=[d_log_std])  # as what is written: contiguous
+    operands = [t.contiguous() for t in (grad, mean, log_std, prior_mean, prior_std)]
+    partials = partials_of(mean, 1, chunks_of(mean.numel(), offset))
+    over_elements(
+        variational_gradients_kernel, mean.numel(), offset, d_mean, d_log_std, partials, *operands, float(kl_weight),
+        integer(seed, "seed", mean), integer(step, "step", mean), offset // 4, BLOCK=CHUNK, num_warps=CHUNK_WARPS,
+    )  # fmt: skip
+    return fold(partials, _sum_like(mean)).reshape(())
+
+
+@float32_only("mean")
 def variational_gradients(
     grad: Tensor,
     mean: Tensor,
@@ -199,12 +227,8 @@ def variational_gradients(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The KL, and the gradients of loss + kl_weight KL in mean and log_std."""
-    check_beside(mean, grad=grad, log_std=log_std, prior_mean=prior_mean, prior_std=prior_std)
-    operands = [t.contiguous() for t in (grad, mean, log_std, prior_mean, prior_std)]
-    d_mean, d_log_std = torch.empty_like(operands[1]), torch.empty_like(operands[2])
-    partials = partials_of(mean, 1, chunks_of(mean.numel(), offset))
-    over_elements(
-        variational_gradients_kernel, mean.numel(), offset, d_mean, d_log_std, partials, *operands, float(kl_weight),
-        integer(seed, "seed", mean), integer(step, "step", mean), offset // 4, BLOCK=CHUNK, num_warps=CHUNK_WARPS,
-    )  # fmt: skip
-    return fold(partials, _sum_like(mean)).reshape(()), d_mean, d_log_std
+    mean, log_std = mean.contiguous(), log_std.contiguous()
+    d_mean, d_log_std = torch.empty_like(mean), torch.empty_like(log_std)
+    tensors = (grad, mean, log_std, prior_mean, prior_std)
+    kl = variational_gradients_(d_mean, d_log_std, *tensors, seed, step, kl_weight=kl_weight, offset=offset)
+    return kl, d_mean, d_log_std

@@ -164,6 +164,14 @@ def variational_gradients(make: Operands, offset: int) -> Results:
     return {"sum": kl, "d_mean": d_mean, "d_log_std": d_log_std}
 
 
+def variational_gradients_into(make: Operands, offset: int) -> Results:
+    d_mean, d_log_std = make(), make()
+    tensors = make(), make(), make(), make(), make.positive()
+    options = {"kl_weight": 0.3, "offset": offset}
+    kl = ops.variational_gradients_(d_mean, d_log_std, *tensors, SEED, STEP, **options)
+    return {"sum": kl, "d_mean": d_mean, "d_log_std": d_log_std}
+
+
 def variational_step(
     make: Operands,
     offset: int,
@@ -227,6 +235,7 @@ CALLS: dict[str, Call] = {
     "gaussian_kl": gaussian_kl,
     "quadratic_penalty": quadratic_penalty,
     "variational_gradients": variational_gradients,
+    "variational_gradients_": variational_gradients_into,
     **{f"variational_step_, {rule}": partial(variational_step, rule=rule) for rule in RULES},
     **{
         f"variational_step_, {rule}, no momentum": partial(variational_step, rule=rule, momentum=False)

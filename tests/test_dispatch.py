@@ -191,6 +191,7 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
         "quadratic_penalty": [(tuple(leaves(M, C, S)), {})],
         "quadratic_penalty_backward": [((torch.tensor(0.5, dtype=F64), wide, C, S, needs), {}) for needs in (0, 5, 13)],
         "variational_gradients": [((M, wide, R, C, S, seed, step), {"kl_weight": 0.2, "offset": 4})],
+        "variational_gradients_": [((M.clone(), R.clone(), M, wide, R, C, S, seed, step), {"kl_weight": 0.2})],
         "variational_step_": [
             (step_arguments(learned=learned, given=given, moments=moments, rule=rule), {"offset": 2})
             for rule, learned, given, moments in ((0, 0, 0, 0), (1, 1, 0, 1), (2, 1, 1, 1), (3, 0, 0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from operands import F16, F32, F64, needs_native
 from torch import Tensor
 
 from vdu_fast import _native, ops
+from vdu_fast.errors import InputError
 
 MEAN = st.floats(-1e6, 1e6, width=32)
 ROWS = st.lists(st.tuples(MEAN, st.floats(-100, 80, width=32), MEAN, st.floats(2**-100, 1e6, width=32)), max_size=40)
@@ -54,6 +56,36 @@ def test_gradients_of_any_finite_values_have_the_bits_of_the_reference(rows, nee
     for k, (got, expected) in enumerate(zip(*results, strict=True)):
         assert got.shape == (tensors.shape[1:] if needs >> k & 1 else (0,))
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+@given(
+    rows=st.lists(st.tuples(MEAN, st.floats(-300, 300, width=32), MEAN, st.floats(0, width=32)), min_size=1),
+    repeats=st.sampled_from([1, 300]),
+)
+def test_gradients_in_one_pass_of_any_values_have_the_bits_of_the_reference(rows, repeats):
+    """Blocks of ordinary values are computed without the special cases of exp and log; the others with."""
+    tensors = torch.tensor(rows, dtype=F32).reshape(-1, 4).repeat(repeats, 1).t().contiguous()
+    results, d_mean, d_log_std = [], torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+    for backend in ("cpu", "reference"):
+        with _native.use_backend(backend):
+            kl, *gradients = ops.variational_gradients(tensors[0], *tensors, 1, kl_weight=0.5)
+            results.append([*gradients, ops.sample_weights(*tensors[:2], 1)])
+            into = ops.variational_gradients_(d_mean, d_log_std, tensors[0], *tensors, 1, kl_weight=0.5)
+        for got, expected in zip((into, d_mean, d_log_std), (kl, *gradients), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_go_only_where_they_fit():
+    x = torch.ones(4, 3)
+    with pytest.raises(InputError, match="d_mean must be contiguous"):
+        ops.variational_gradients_(torch.ones(3, 4).t(), x, x, x, x, x, x, 1)
+    with pytest.raises(InputError, match="one dtype"):
+        ops.variational_gradients_(x, x.half(), x, x, x, x, x, 1)
+    with pytest.raises(InputError, match="one shape"):
+        ops.variational_gradients_(x[0], x, x, x, x, x, x, 1)
 
 
 @needs_native

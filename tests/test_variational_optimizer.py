@@ -97,6 +97,84 @@ def test_an_error_inside_leaves_the_mean_behind():
     assert torch.equal(flat(net), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learn_std", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_leaving_the_draw_until_step_gives_the_same_bits(rule, learn_std, dtype):
+    nets = network(dtype), network(dtype)
+    optimizers = [
+        VariationalOptimizer(
+            net.named_parameters(), posterior(net), rule=rule, kl_weight=0.01, momentum=0.5, learn_std=learn_std
+        )
+        for net in nets
+    ]
+    for step in range(4):
+        for net, optimizer, restore in zip(nets, optimizers, (True, False), strict=True):
+            with optimizer.sampled_weights(restore=restore):
+                inside = flat(net)
+                loss(net, step).backward()
+            assert torch.equal(flat(net), inside) is not restore
+            optimizer.step()
+        assert torch.equal(flat(nets[0]), flat(nets[1]))
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert all(torch.equal(optimizers[0].state[p][name], t) for name, t in optimizers[1].state[q].items())
+            p.grad = q.grad = None  # not by zero_grad: step() alone must have ended the draw
+
+
+def test_a_draw_that_was_left_gives_way_to_the_next_and_both_count():
+    nets = network(), network()
+    for net, restore in zip(nets, (True, False), strict=True):
+        optimizer = VariationalOptimizer(net.named_parameters(), posterior(net))
+        for step in range(2):
+            with optimizer.sampled_weights(restore=restore):
+                loss(net, step).backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["draws"] == 2
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+def test_a_draw_that_was_left_ends_with_a_skipped_step_an_error_or_a_block_that_restores():
+    net = network()
+    optimizer = VariationalOptimizer(net.named_parameters(), posterior(net), learn_std=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = flat(net)
+    with optimizer.sampled_weights(restore=False):
+        (scaler.scale(loss(net)) * float("inf")).backward()
+        optimizer.zero_grad(set_to_none=False)  # inside the draw stays
+        assert not torch.equal(flat(net), before)
+    (scaler.scale(loss(net)) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(flat(net), before)
+    optimizer.zero_grad()
+    assert torch.equal(flat(net), before)
+    with pytest.raises(KeyError), optimizer.sampled_weights(restore=False):
+        raise KeyError
+    assert torch.equal(flat(net), before)
+    optimizer.zero_grad()
+    with optimizer.sampled_weights(restore=False):
+        pass
+    optimizer.zero_grad()
+    with optimizer.sampled_weights():
+        pass
+    with torch.no_grad():
+        net[0].weight.zero_()
+    optimizer.zero_grad()
+    assert not net[0].weight.any()  # nothing was left to write back
+
+
+def test_step_ends_the_draw_in_parameters_without_a_gradient_too():
+    net = network()
+    optimizer = VariationalOptimizer(net.named_parameters(), posterior(net))
+    bias, before = net[0].bias, net[0].bias.detach().clone()
+    with optimizer.sampled_weights(restore=False):
+        loss(net).backward()
+    bias.grad = None
+    assert not torch.equal(bias, before)
+    optimizer.step()
+    assert torch.equal(bias, before)
+
+
 def test_at_the_mean_natural_adam_is_torch_adam_on_the_whitened_weights():
     net, other = network(torch.float64), network(torch.float64)
     optimizer = VariationalOptimizer(net.parameters(), 0.5, lr=0.01, noise_scale=0)

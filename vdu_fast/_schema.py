@@ -56,6 +56,10 @@ SCHEMAS = {
         "(Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean, Tensor prior_std, Tensor seed, Tensor step, *, "
         "float kl_weight=1.0, SymInt offset=0) -> (Tensor, Tensor, Tensor)"
     ),
+    "variational_gradients_": (
+        "(Tensor(a!) d_mean, Tensor(b!) d_log_std, Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean, "
+        "Tensor prior_std, Tensor seed, Tensor step, *, float kl_weight=1.0, SymInt offset=0) -> Tensor"
+    ),
     "variational_step_": (
         "(Tensor(a!)[] theta, Tensor[] grad, Tensor[] center, Tensor[] prior_std, Tensor(b!)[] z, Tensor(c!)[] first, "
         "Tensor(d!)[] second, Tensor(e!)[] log_std, Tensor(f!)[] std_first, Tensor(g!)[] std_second, "
@@ -84,6 +88,7 @@ PUBLIC_OPS = (
     "gaussian_kl",
     "quadratic_penalty",
     "variational_gradients",
+    "variational_gradients_",
     "variational_step_",
     "variational_gradient_norm",
     "add_noise_gradient_",
@@ -158,6 +163,7 @@ _fake("quadratic_penalty")(lambda mean, *args: _scalar_sum(mean))
 _fake("variational_gradients")(
     lambda grad, mean, log_std, *args, **kwargs: (_scalar_sum(mean), _like(mean), _like(log_std))
 )
+_fake("variational_gradients_")(lambda d_mean, *args, **kwargs: _scalar_sum(d_mean))
 
 
 @_fake("noise_prediction_error")

@@ -41,6 +41,7 @@ __all__ = [
     "standard_normal",
     "variational_gradient_norm",
     "variational_gradients",
+    "variational_gradients_",
     "variational_step_",
     "welford_update_",
 ]
@@ -104,22 +105,29 @@ def _listed(op: str, **operands: Tensors | None) -> dict[str, list[Tensor]]:
                     f"{op}: {name} must match {first_name} tensor by tensor; got {[tuple(t.shape) for t in tensors]} "
                     f"beside {[tuple(t.shape) for t in first]}."
                 )
-        for tensor in tensors:
-            if not tensor.is_floating_point():
-                raise InputError(f"{op}: {name} must be floating-point, got {tensor.dtype}.")
-            if tensor.dtype != tensors[0].dtype:
-                raise InputError(
-                    f"{op}: the tensors of {name} must have one dtype, got {tensors[0].dtype} and {tensor.dtype}; "
-                    "call once per dtype, with the offset of its first element."
-                )
-            if not tensor.is_contiguous():
-                raise InputError(
-                    f"{op}: {name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
-                    "pass .contiguous(), or the buffer that it is a view of."
-                )
+        _check_alike(op, name, tensors)
     if not same_shapes:  # a flat buffer beside a parameter: their elements correspond in order
         return {name: [tensor.detach().view(-1) for tensor in tensors] for name, tensors in lists.items()}
     return lists
+
+
+def _check_alike(op: str, name: str, tensors: list[Tensor]) -> None:
+    """Refuse an operand whose tensors are not contiguous ones of one float dtype."""
+    dtypes = list(dict.fromkeys(t.dtype for t in tensors))  # once each: a model is hundreds of tensors, at every step
+    for dtype in dtypes:
+        if not dtype.is_floating_point:
+            raise InputError(f"{op}: {name} must be floating-point, got {dtype}.")
+    if len(dtypes) > 1:
+        raise InputError(
+            f"{op}: the tensors of {name} must have one dtype, got {dtypes[0]} and {dtypes[1]}; "
+            "call once per dtype, with the offset of its first element."
+        )
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise InputError(
+                f"{op}: {name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
+                "pass .contiguous(), or the buffer that it is a view of."
+            )
 
 
 def _check_state(op: str, lists: dict[str, list[Tensor]], names: Sequence[str]) -> None:
@@ -434,6 +442,44 @@ def variational_gradients(
         op = _implementation("variational_gradients", mean.device)
         return op(
             grad, mean, log_std, prior_mean, prior_std, _integer("seed", seed), _integer("step", step),
+            kl_weight=float(kl_weight), offset=_index(offset),
+        )  # fmt: skip
+
+
+def variational_gradients_(
+    d_mean: Tensor,
+    d_log_std: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Seed,
+    step: Seed = 0,
+    *,
+    kl_weight: float = 1.0,
+    offset: int = 0,
+) -> Tensor:
+    """`variational_gradients` into tensors that are there already: fresh memory can cost more than the computation.
+
+    Args:
+        d_mean, d_log_std: written; contiguous, of the shape and dtype of the others, sharing memory with none.
+        grad, mean, log_std, prior_mean, prior_std: as for `variational_gradients`.
+
+    Returns:
+        The KL, a scalar in float32, or float64 for float64 tensors.
+
+    Raises:
+        InputError: shapes or dtypes differ, a tensor is not floating-point, or a written one is not contiguous.
+    """
+    op, out = "variational_gradients_", {"d_mean": d_mean, "d_log_std": d_log_std}
+    tensors = {"grad": grad, "mean": mean, "log_std": log_std, "prior_mean": prior_mean, "prior_std": prior_std}
+    _same_shape(op, **out, **tensors)
+    for name, tensor in out.items():
+        _check_alike(op, name, [tensor])
+    with torch.no_grad():
+        return _implementation(op, mean.device)(
+            *out.values(), *tensors.values(), _integer("seed", seed), _integer("step", step),
             kl_weight=float(kl_weight), offset=_index(offset),
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -220,6 +221,8 @@ class VariationalOptimizer(torch.optim.Optimizer):
             optimizer.step()                           # mu moves, and is what the parameters hold again
             optimizer.zero_grad()
 
+    Where step() follows at once, `sampled_weights(restore=False)` leaves it to step() to write mu back: a pass less.
+
     The objective is the loss plus kl_weight KL(q || N(mu*, sigma*^2)), mu* being the weights at construction. No noise
     and no copy of the weights is stored; the same seed gives the same run, whatever the device.
 
@@ -239,7 +242,8 @@ class VariationalOptimizer(torch.optim.Optimizer):
     unless `learn_std`.
     """
 
-    _inside = False  # whether the parameters hold a draw
+    _inside = False  # whether the parameters hold a draw, in a with block
+    _draw_left = False  # and after one
 
     def __init__(
         self,
@@ -312,8 +316,13 @@ class VariationalOptimizer(torch.optim.Optimizer):
         return UpdateRule(group["rule"], float(group["lr"]), group["momentum"], tuple(group["betas"]), group["eps"])
 
     @contextmanager
-    def sampled_weights(self) -> Iterator[None]:
+    def sampled_weights(self, *, restore: bool = True) -> Iterator[None]:
         """The parameters hold a draw of q inside, and its mean again after; gradients inside are those of `step`.
+
+        Args:
+            restore: False leaves the draw in the parameters for `step` to replace by the mean, which saves a pass over
+                the weights. Whatever reads them before (an evaluation, a checkpoint) sees the draw. A step that was
+                skipped ends with `zero_grad` or the next draw, an error inside with the mean as ever.
 
         Raises:
             InputError: a second draw before `step` under learn_std, whose gradient needs each draw's noise.
@@ -326,38 +335,48 @@ class VariationalOptimizer(torch.optim.Optimizer):
                 "sampled_weights() cannot be nested: the inner block would end with the mean in the model."
             )
         self._write(noisy=True)
-        self._inside = True
+        self._inside, self._draw_left = True, False
+        leave = False
         try:
             yield
+            leave = not restore
         finally:
             self._inside = False
             for group in self.param_groups:
                 group["draws"] += 1
                 group["pending"] += 1
-            self._write(noisy=False)
+            self._draw_left = leave
+            if not leave:
+                self._write(noisy=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the draws that they were taken at: a step that GradScaler skipped ends here."""
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             group["pending"] = 0
+        if self._draw_left:
+            self._write(noisy=False)
+            self._draw_left = False
 
     def _write(self, *, noisy: bool) -> None:
         for group in self.param_groups:
-            if group["noise_scale"] == 0:
-                continue  # the parameters hold the mean all the time
-            states = [self.state[p] for p in group["params"]]
-            ops.sample_whitened_weights_(
-                group["params"],
-                _each(states, "center"),
-                _each(states, "prior_std"),
-                _each(states, "z"),
-                group["seed"],
-                group["draws"],
-                log_std=_each(states, "log_std") if group["learn_std"] else None,
-                noise_scale=group["noise_scale"] if noisy else 0.0,
-                offset=group["offset"],
-            )
+            self._write_run(group, group["offset"], group["params"], noisy=noisy)
+
+    def _write_run(self, group: dict[str, Any], offset: int, params: list[Tensor], *, noisy: bool) -> None:
+        if group["noise_scale"] == 0:
+            return  # the parameters hold the mean all the time
+        states = [self.state[p] for p in params]
+        ops.sample_whitened_weights_(
+            params,
+            _each(states, "center"),
+            _each(states, "prior_std"),
+            _each(states, "z"),
+            group["seed"],
+            group["draws"],
+            log_std=_each(states, "log_std") if group["learn_std"] else None,
+            noise_scale=group["noise_scale"] if noisy else 0.0,
+            offset=offset,
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -378,8 +397,12 @@ class VariationalOptimizer(torch.optim.Optimizer):
             constants = rule.constants(
                 group["steps"], kl_weight=group["kl_weight"], std_learning_rate=group["std_lr"], noise_scale=0.0
             )
-            for offset, params in _runs_with_gradients(group):
-                self._step_run(group, constants, offset, params)
+            for offset, params, moved in _runs(group):
+                if moved:
+                    self._step_run(group, constants, offset, params)
+                elif self._draw_left:
+                    self._write_run(group, offset, params, noisy=False)
+        self._draw_left = False
         return loss
 
     def _step_run(self, group: dict[str, Any], constants: StepConstants, offset: int, params: list[Tensor]) -> None:
@@ -450,18 +473,10 @@ def _each(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
     return [state[name] for state in states]
 
 
-def _runs_with_gradients(group: dict[str, Any]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Stretches of neighbouring parameters that have a gradient, with the place of each in the noise's numbering."""
-    place = start = group["offset"]
-    run: list[Tensor] = []
-    for parameter in group["params"]:
-        if parameter.grad is None:
-            if run:
-                yield start, run
-            run = []
-        else:
-            start = start if run else place
-            run.append(parameter)
-        place += parameter.numel()
-    if run:
-        yield start, run
+def _runs(group: dict[str, Any]) -> Iterator[tuple[int, list[Tensor], bool]]:
+    """Stretches of neighbours that all have a gradient, or all have none: place in the noise's numbering, which."""
+    place = group["offset"]
+    for moved, neighbours in groupby(group["params"], key=lambda parameter: parameter.grad is not None):
+        run = list(neighbours)
+        yield place, run, moved
+        place += sum(parameter.numel() for parameter in run)

@@ -362,6 +362,28 @@ def variational_gradients(
     return kl, d_mean.to(dtype), d_log_std.to(dtype)
 
 
+def variational_gradients_(
+    d_mean: Tensor,
+    d_log_std: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Seed,
+    step: Seed = 0,
+    *,
+    kl_weight: float = 1.0,
+    offset: int = 0,
+) -> Tensor:
+    """`variational_gradients` into d_mean and d_log_std; returns the KL."""
+    tensors = (grad, mean, log_std, prior_mean, prior_std)
+    kl, *gradients = variational_gradients(*tensors, seed, step, kl_weight=kl_weight, offset=offset)
+    d_mean.copy_(gradients[0])
+    d_log_std.copy_(gradients[1])
+    return kl
+
+
 def variational_step_(
     theta: Sequence[Tensor],
     grad: Sequence[Tensor],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,9 +54,36 @@ def foreach(s: State) -> object:
     return theta, kl, d_mean, noise
 
 
-def ours(s: State) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(s: State) -> tuple[Any, ...]:
+    return s.grad, s.mean, s.log_std, s.center, s.prior_std, 1, 2
+
+
+def fresh(s: State) -> tuple[Tensor, Tensor, Tensor]:
+    """Ours into new tensors, as all baselines but one do."""
     ops.sample_weights_(s.theta, s.mean, s.log_std, 1, 2)
-    return ops.variational_gradients(s.grad, s.mean, s.log_std, s.center, s.prior_std, 1, 2, kl_weight=KL_WEIGHT)
+    return ops.variational_gradients(*_operands(s), kl_weight=KL_WEIGHT)
+
+
+def given(s: State) -> Tensor:
+    """Ours into tensors that are there, as in a training loop: returns the KL."""
+    ops.sample_weights_(s.theta, s.mean, s.log_std, 1, 2)
+    return ops.variational_gradients_(s.first, s.second, *_operands(s), kl_weight=KL_WEIGHT)
+
+
+def _compiled_into(s: State) -> Callable[[], object]:
+    """torch.compile into tensors that are there, the noise among them."""
+    noise, theta, d_mean, d_log_std = (torch.empty_like(s.mean) for _ in range(4))
+    arguments = [getattr(s, name) for name in ARGUMENTS]
+
+    @torch.compile
+    def into(n: Tensor, theta: Tensor, d_mean: Tensor, d_log_std: Tensor, tensors: list[Tensor]) -> Tensor:
+        made = body(n, *tensors)
+        theta.copy_(made[0])
+        d_mean.copy_(made[2])
+        d_log_std.copy_(made[3])
+        return made[1]
+
+    return lambda: into(noise.normal_(), theta, d_mean, d_log_std, arguments)
 
 
 @question("sample + KL + gradients", group="ops", quick=True)
@@ -66,20 +96,22 @@ def gradients(setting: Setting) -> Case:
     def eager() -> object:
         return [body(torch.randn_like(t[0]), *t) for t in zip(*lists, strict=True)]
 
-    results = s.theta, *ours(s)
     expected = body(ops.standard_normal(s.numel, 1, 2, device=s.device), *arguments)
-    for name, got, want in zip(("theta", "KL", "d_mean", "d_log_std"), results, expected, strict=True):
-        check_close(f"variational_gradients: {name}", got, want)
+    names = ("theta", "KL", "d_mean", "d_log_std")
+    for results in ((s.theta, given(s), s.first, s.second), (s.theta, *fresh(s))):
+        for name, got, want in zip(names, results, expected, strict=True):
+            check_close(f"variational_gradients: {name}", got, want)
     del results, expected
     return Case(
         {
             "eager": eager,
             "_foreach": lambda: foreach(s),
             "compile": lambda: compiled_body(torch.randn_like(s.mean), *arguments),
+            "compile, given results": _compiled_into(s),
         },
-        {"vdu_fast": lambda: ours(s)},
+        {"vdu_fast": lambda: given(s), "vdu_fast, fresh results": lambda: fresh(s)},
         s.numel,
         bytes=40 * s.numel,
-        operations=operations_for(s.numel, ours),
+        operations=operations_for(s.numel, fresh),
         budget=BUDGETS[setting.device.type],
     )

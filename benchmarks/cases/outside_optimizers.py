@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vdu_fast.benchmarks.case import Budget, Case, Setting, question
+from vdu_fast.benchmarks.case import Budget, Calls, Case, Setting, question
 from vdu_fast.optim import VariationalOptimizer
 
 
@@ -30,10 +30,14 @@ def against_ivon(setting: Setting) -> Case:
             pass
         theirs.step()
 
-    def ours() -> None:
-        with mine.sampled_weights():
+    def ours(*, restore: bool) -> None:
+        with mine.sampled_weights(restore=restore):
             pass
         mine.step()
 
+    both: Calls = {
+        "vdu_fast": lambda: ours(restore=False),
+        "vdu_fast, mean restored between": lambda: ours(restore=True),
+    }
     budget = Budget({"": 20}) if setting.device.type == "cpu" else Budget()
-    return Case({"ivon": ivon_step}, {"vdu_fast": ours}, setting.numel, budget=budget)
+    return Case({"ivon": ivon_step}, both, setting.numel, budget=budget)

@@ -42,15 +42,12 @@ VDU_INLINE float natural_log(float x) {
 
 VDU_INLINE double natural_log(double x) { return log(x); }
 
-// exp x = 2^k (1 + r + r^2 P(r)), |r| <= ln 2 / 2. Two factors of 2^k, since 2^k itself may leave the normal range.
-VDU_INLINE float exponential(float x) {
-  float c = x < -105.0f ? -105.0f : x;
-  c = c > 89.0f ? 89.0f : c;
+// 1 + r + r^2 P(r) of exp x = 2^k (1 + r + r^2 P(r)), |r| <= ln 2 / 2. The low bits of `shifted` hold k.
+VDU_INLINE float exponential_mantissa(float x, float& shifted) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const float shifted = c * 1.442695f + magic;
+  shifted = x * 1.442695f + magic;
   const float k = shifted - magic;
-  const uint32_t whole = bits_of(shifted) - 0x4B400000u;
-  float r = c - k * 0.693359375f;
+  float r = x - k * 0.693359375f;
   r = r - k * -0.00021219444f;
   float p = 0.00019899334f;
   p = p * r + 0.0013933688f;
@@ -58,11 +55,28 @@ VDU_INLINE float exponential(float x) {
   p = p * r + 0.041666463f;
   p = p * r + 0.16666667f;
   p = p * r + 0.5f;
-  const float y = (1.0f + r) + (r * r) * p;
+  return (1.0f + r) + (r * r) * p;
+}
+
+// Two factors of 2^k, since 2^k itself may leave the normal range.
+VDU_INLINE float exponential(float x) {
+  float c = x < -105.0f ? -105.0f : x;
+  c = c > 89.0f ? 89.0f : c;
+  float shifted;
+  const float y = exponential_mantissa(c, shifted);
+  const uint32_t whole = bits_of(shifted) - 0x4B400000u;
   const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(whole) >> 1);
   const float first = float_of((half + 127u) << 23);
   const float second = float_of((whole - half + 127u) << 23);
   return (y * first) * second;
+}
+
+// The same bits for |x| <= kPlainExponent, where the result and every factor are normal: k is added to the exponent.
+constexpr float kPlainExponent = 80.0f;
+VDU_INLINE float plain_exponential(float x) {
+  float shifted;
+  const float y = exponential_mantissa(x, shifted);
+  return float_of(bits_of(y) + (bits_of(shifted) << 23));
 }
 
 VDU_INLINE double exponential(double x) { return exp(x); }

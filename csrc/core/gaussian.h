@@ -5,10 +5,10 @@
 
 namespace vdu::VDU_ISA {
 
-// A weight of N(mean, exp(log_std)^2) from a standard normal.
+// A weight of N(mean, std^2) from a standard normal.
 template <typename T>
-VDU_INLINE T sampled_weight(T mean, T log_std, T n) {
-  return mean + exponential(log_std) * n;
+VDU_INLINE T sampled_weight(T mean, T std, T n) {
+  return mean + std * n;
 }
 
 // Its derivative in log_std, times grad.
@@ -56,16 +56,15 @@ VDU_INLINE KlGradient<T> penalty_gradient(T mean, T prior_mean, T prior_std) {
 }
 
 // The gradients of loss + kl_weight KL from the loss's gradient at the sample that n gave, and the KL; one exponential
-// serves all three.
+// serves all three. std = exp(log_std), log_prior_std = log(prior_std).
 template <typename T>
-VDU_INLINE void objective_gradients(T grad, T mean, T log_std, T prior_mean, T prior_std, T n, T kl_weight, T& d_mean,
-                                    T& d_log_std, T& kl) {
-  const T std = exponential(log_std);
+VDU_INLINE void objective_gradients(T grad, T mean, T log_std, T prior_mean, T prior_std, T std, T log_prior_std, T n,
+                                    T kl_weight, T& d_mean, T& d_log_std, T& kl) {
   const T precision_root = T(1) / prior_std;
   const T std_ratio = std * precision_root;
   const T scaled = (mean - prior_mean) * precision_root;
   const T squared_ratio = std_ratio * std_ratio;
-  kl = T(0.5) * squared_ratio + T(0.5) * scaled * scaled - (log_std - natural_log(prior_std)) - T(0.5);
+  kl = T(0.5) * squared_ratio + T(0.5) * scaled * scaled - (log_std - log_prior_std) - T(0.5);
   d_mean = grad + kl_weight * (scaled * precision_root);
   d_log_std = grad * n * std + kl_weight * (squared_ratio - T(1));
 }

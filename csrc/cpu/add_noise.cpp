@@ -28,7 +28,7 @@ Tensor mix_noise(Tensor x0, Tensor signal, Tensor noise, Tensor seed, Tensor ste
       });
       return;
     }
-    for_each_chunk(batch.samples * batch.chunks, [&](int64_t chunk) {
+    for_each_chunk_of_samples(batch, [&](int64_t chunk) {
       const int64_t b = chunk / batch.chunks, start = b * batch.elements;
       const Stream<T, 2> elements(isa(), {0, batch.elements},
                                   {sample_of(to, b, batch.elements), sample_of(in, b, batch.elements)});

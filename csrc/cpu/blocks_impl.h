@@ -72,9 +72,34 @@ void normals_f64(const Draw& draw, uint64_t first, double* out) {
   VDU_LOOP out[i] = static_cast<double>(narrow[i]);
 }
 
+// Whether plain_exponential and log_normal_range do for a block: their special cases cost as much as the rest.
+bool plain_exponents(const float* x) {
+  uint32_t largest = 0;
+  _Pragma("omp simd reduction(max : largest)") for (int64_t i = 0; i < kBlock; ++i) {
+    const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest <= bits_of(kPlainExponent);  // the bits of positive floats are in their order, NaN's the largest
+}
+
+bool plain_logarithms(const float* x) {
+  uint32_t largest = 0;
+  _Pragma("omp simd reduction(max : largest)") for (int64_t i = 0; i < kBlock; ++i) {
+    const uint32_t above = bits_of(x[i]) - 0x00800000u;  // of the smallest normal number
+    largest = above > largest ? above : largest;
+  }
+  return largest < 0x7F000000u;
+}
+
 template <typename T>
 void sample(const T* mean, const T* log_std, const T* n, T* out) {
-  VDU_LOOP out[i] = sampled_weight(mean[i], log_std[i], n[i]);
+  if constexpr (std::is_same_v<T, float>) {
+    if (plain_exponents(log_std)) {
+      VDU_LOOP out[i] = sampled_weight(mean[i], plain_exponential(log_std[i]), n[i]);
+      return;
+    }
+  }
+  VDU_LOOP out[i] = sampled_weight(mean[i], exponential(log_std[i]), n[i]);
 }
 
 template <typename T>
@@ -241,9 +266,18 @@ template <typename T>
 double gradients(const T* grad, const T* mean, const T* log_std, const T* prior_mean, const T* prior_std, const T* n,
                  T kl_weight, T* d_mean, T* d_log_std, int64_t count) {
   alignas(64) T terms[kBlock];
+  if constexpr (std::is_same_v<T, float>) {
+    if (plain_exponents(log_std) && plain_logarithms(prior_std)) {
+      VDU_LOOP {
+        objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], plain_exponential(log_std[i]),
+                            log_normal_range(prior_std[i]), n[i], kl_weight, d_mean[i], d_log_std[i], terms[i]);
+      }
+      return sum_terms(terms, count);
+    }
+  }
   VDU_LOOP {
-    objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight, d_mean[i],
-                        d_log_std[i], terms[i]);
+    objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], exponential(log_std[i]),
+                        natural_log(prior_std[i]), n[i], kl_weight, d_mean[i], d_log_std[i], terms[i]);
   }
   return sum_terms(terms, count);
 }
@@ -281,6 +315,24 @@ void to_half(const float* in, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = __builtin_bit_cast(uint16_t, static_cast<_Float16>(in[i]));
 }
 
+void copy_around_caches(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+#if defined(VDU_AVX512)
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {  // whole cache lines
+    auto* target = static_cast<__m512i*>(to);
+    const auto* source = static_cast<const __m512i*>(from);
+    for (int64_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(target + i, _mm512_loadu_si512(source + i));
+    return;
+  }
+#endif
+  auto* target = static_cast<__m128i*>(to);
+  const auto* source = static_cast<const __m128i*>(from);
+  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
 template <typename T>
 constexpr Blocks<T> blocks(void (*normals)(const Draw&, uint64_t, T*)) {
   return {normals,
@@ -302,8 +354,11 @@ constexpr Blocks<T> blocks(void (*normals)(const Draw&, uint64_t, T*)) {
 }
 
 constexpr Isa make_isa(const char* name) {
-  return {
-      name, blocks<float>(normals_f32), blocks<double>(normals_f64), {from_half, to_half, from_bfloat16, to_bfloat16}};
+  return {name,
+          blocks<float>(normals_f32),
+          blocks<double>(normals_f64),
+          {from_half, to_half, from_bfloat16, to_bfloat16},
+          copy_around_caches};
 }
 
 }  // namespace

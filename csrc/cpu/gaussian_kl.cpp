@@ -114,15 +114,16 @@ std::tuple<Tensor, Tensor, Tensor> quadratic_penalty_backward(Tensor grad, Tenso
 
 // The KL, and the gradients of loss + kl_weight KL in mean and log_std, from the loss's gradient at the sample of
 // (seed, step).
-std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean,
-                                                         Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
-                                                         int64_t offset) {
+Tensor variational_gradients_(Tensor d_mean, Tensor d_log_std, Tensor grad, Tensor mean, Tensor log_std,
+                              Tensor prior_mean, Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
+                              int64_t offset) {
+  check_same_shape(grad, d_mean, "d_mean");
+  check_same_shape(grad, d_log_std, "d_log_std");
   Tensors all{grad, mean, log_std, prior_mean, prior_std};
   for (Tensor& tensor : all) {
     check_same_shape(grad, tensor, "every argument");
     tensor = torch::stable::contiguous(tensor);
   }
-  Tensor d_mean = torch::stable::empty_like(all[1]), d_log_std = torch::stable::empty_like(all[2]);
   const Draw draw = draw_of(seed, step, kWeightsStream);
   const auto total = with_compute_type(is_wide(mean), [&](auto zero) {
     using T = decltype(zero);
@@ -142,7 +143,18 @@ std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mea
       return std::array<double, 1>{sum};
     });
   });
-  return {sum_like(total[0], mean), d_mean, d_log_std};
+  return sum_like(total[0], mean);
+}
+
+std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean,
+                                                         Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
+                                                         int64_t offset) {
+  mean = torch::stable::contiguous(mean);
+  log_std = torch::stable::contiguous(log_std);
+  Tensor d_mean = torch::stable::empty_like(mean), d_log_std = torch::stable::empty_like(log_std);
+  Tensor kl = variational_gradients_(d_mean, d_log_std, grad, mean, log_std, prior_mean, prior_std, seed, step,
+                                     kl_weight, offset);
+  return {kl, d_mean, d_log_std};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CPU, m) {
@@ -151,6 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CPU, m) {
   m.impl("quadratic_penalty", TORCH_BOX(&quadratic_penalty));
   m.impl("quadratic_penalty_backward", TORCH_BOX(&quadratic_penalty_backward));
   m.impl("variational_gradients", TORCH_BOX(&variational_gradients));
+  m.impl("variational_gradients_", TORCH_BOX(&variational_gradients_));
 }
 
 }  // namespace vdu

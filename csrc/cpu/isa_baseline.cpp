@@ -3,6 +3,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #define VDU_ISA baseline
 #include "blocks_impl.h"

@@ -62,7 +62,7 @@ Tensor noise_prediction_error(Tensor prediction, std::optional<Tensor> x0, std::
       });
       return;
     }
-    for_each_chunk(chunks, [&](int64_t chunk) {
+    for_each_chunk_of_samples(batch, [&](int64_t chunk) {
       const int64_t b = chunk / batch.chunks, start = b * batch.elements;
       const auto at = static_cast<size_t>(b);
       const Stream<T, 2> elements(isa(), {0, batch.elements},
@@ -119,7 +119,7 @@ Tensor noise_prediction_error_backward(Tensor grad, Tensor prediction, std::opti
       });
       return;
     }
-    for_each_chunk(batch.samples * batch.chunks, [&](int64_t chunk) {
+    for_each_chunk_of_samples(batch, [&](int64_t chunk) {
       const int64_t b = chunk / batch.chunks, start = b * batch.elements;
       const auto at = static_cast<size_t>(b);
       const Stream<T, 3> elements(isa(), {0, batch.elements},

@@ -48,10 +48,12 @@ inline Operand operand(const Tensor& tensor, const char* name, Access access = A
   return operand(Tensors{tensor}, name, access);
 }
 
-// Runs body(chunk) for every chunk; chunks are independent.
+// Runs body(chunk) for every chunk; chunks are independent. A second thread is woken only for work that outlasts the
+// waking: two full chunks, or as many smaller ones.
 template <typename Body>
-void for_each_chunk(int64_t chunks, const Body& body) {
-  torch::stable::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
+void for_each_chunk(int64_t chunks, const Body& body, int64_t elements = kChunk) {
+  const int64_t grain = std::max<int64_t>(2, 2 * kChunk / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
   });
 }

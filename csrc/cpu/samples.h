@@ -39,6 +39,12 @@ inline Operand sample_of(const Operand& whole, int64_t sample, int64_t elements)
   return one;
 }
 
+// body(chunk of chunks per sample * samples), for samples of a block or more.
+template <typename Body>
+void for_each_chunk_of_samples(const Batch& batch, const Body& body) {
+  for_each_chunk(batch.samples * batch.chunks, body, std::min(batch.elements, kChunk));
+}
+
 // For small samples: body(elements of a pack of whole samples, first sample of the pack).
 template <typename T, size_t N, typename Body>
 void for_each_pack(const Batch& batch, const std::array<Operand, N>& operands, const Body& body) {

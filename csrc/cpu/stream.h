@@ -53,18 +53,7 @@ inline size_t tensor_of(const std::vector<int64_t>& starts, int64_t element) {
 // that goes through the cache first fetches the line that it is about to overwrite.
 constexpr int64_t kStreamedBytes = 32 << 20;
 
-// memcpy of a multiple of 16 bytes to an address that is one, around the caches where the processor can.
-inline void copy_around_caches(void* to, const void* from, int64_t bytes) {
-#if defined(__x86_64__)
-  auto* target = static_cast<__m128i*>(to);
-  const auto* source = static_cast<const __m128i*>(from);
-  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
-#else
-  std::memcpy(to, from, static_cast<size_t>(bytes));
-#endif
-}
-
-// Makes what copy_around_caches wrote visible to other threads, before they are told that it is there.
+// Makes what Isa::copy_around_caches wrote visible to other threads, before they are told that it is there.
 inline void finish_copies() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -94,7 +83,6 @@ class Stream {
       const size_t tensor = tensor_of(starts_, first);
       const bool whole = count == kBlock && first + kBlock <= starts_[tensor + 1];
       for (size_t k = 0; k < N; ++k) pointers[k] = fetch(operands_[k], tensor, first, count, whole, scratch[k]);
-      if (around_caches_ && first + 3 * kBlock <= starts_[tensor + 1]) prefetch(tensor, first + 2 * kBlock);
       body(pointers, first, count);
       for (size_t k = 0; k < N; ++k) {
         if (operands_[k].write && pointers[k] == scratch[k]) put(operands_[k], tensor, first, count, whole, scratch[k]);
@@ -119,25 +107,14 @@ class Stream {
     return scratch;
   }
 
-  // Asks for the block at `first` of every operand that is read, while blocks before it are worked on. Inlined by
-  // force: g++ takes a function that only prefetches for one without effect, and drops the call.
-  __attribute__((always_inline)) void prefetch(size_t tensor, int64_t first) const {
-    for (const Operand& operand : operands_) {
-      if (operand.data.empty() || !operand.read) continue;
-      const int64_t size = bytes_of(operand.storage);
-      const char* place = operand.data[tensor] + (first - starts_[tensor]) * size;
-      for (int64_t line = 0; line < kBlock * size; line += 64) __builtin_prefetch(place + line, 0, 2);
-    }
-  }
-
   bool goes_around_caches(const Operand& operand, const void* place) const {
     return around_caches_ && operand.write && !operand.read && reinterpret_cast<uintptr_t>(place) % 16 == 0;
   }
 
   void put(const Operand& operand, size_t tensor, int64_t first, int64_t count, bool whole, const T* scratch) const {
     if (whole && stored_as<T>(operand.storage)) {
-      return copy_around_caches(reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]), scratch,
-                                kBlock * static_cast<int64_t>(sizeof(T)));
+      return isa_.copy_around_caches(reinterpret_cast<T*>(operand.data[tensor]) + (first - starts_[tensor]), scratch,
+                                     kBlock * static_cast<int64_t>(sizeof(T)));
     }
     pieces(tensor, first, count, [&](size_t t, int64_t inside, int64_t at, int64_t n) {
       store(operand.storage, scratch + at, operand.data[t] + inside * bytes_of(operand.storage), n);

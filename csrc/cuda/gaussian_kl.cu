@@ -88,8 +88,9 @@ struct VariationalGradients {
     normals(key, noise.offset + place.first, n);
     VDU_LANES {
       T d_mean, d_log_std, kl;
-      portable::objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], n[i], kl_weight, d_mean,
-                                    d_log_std, kl);
+      const T std = portable::exponential(log_std[i]), log_prior_std = portable::natural_log(prior_std[i]);
+      portable::objective_gradients(grad[i], mean[i], log_std[i], prior_mean[i], prior_std[i], std, log_prior_std, n[i],
+                                    kl_weight, d_mean, d_log_std, kl);
       mean[i] = d_mean, log_std[i] = d_log_std, n[i] = kl;
     }
     place.store(kDMean, mean);
@@ -187,13 +188,14 @@ std::tuple<Tensor, Tensor, Tensor> quadratic_penalty_backward(Tensor grad, Tenso
 
 // The KL, and the gradients of loss + kl_weight KL in mean and log_std, from the loss's gradient at the sample of
 // (seed, step).
-std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean,
-                                                         Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
-                                                         int64_t offset) {
+Tensor variational_gradients_(Tensor d_mean, Tensor d_log_std, Tensor grad, Tensor mean, Tensor log_std,
+                              Tensor prior_mean, Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
+                              int64_t offset) {
   const auto guard = on_device_of(mean);
+  check_same_shape(grad, d_mean, "d_mean");
+  check_same_shape(grad, d_log_std, "d_log_std");
   Tensors all{grad, mean, log_std, prior_mean, prior_std};
   make_contiguous(all);
-  Tensor d_mean = torch::stable::empty_like(all[1]), d_log_std = torch::stable::empty_like(all[2]);
   Tensor kl = sum_beside(mean);
   const Noise noise = noise_of(seed, step, kWeightsStream, offset, mean);
   const Lists<7, 1> lists(mean, is_wide(mean),
@@ -204,6 +206,18 @@ std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mea
     using T = typename decltype(items)::Type;
     over_lists<decltype(items)>(lists, VariationalGradients<T>{noise, static_cast<T>(kl_weight)}, kl);
   });
+  return kl;
+}
+
+std::tuple<Tensor, Tensor, Tensor> variational_gradients(Tensor grad, Tensor mean, Tensor log_std, Tensor prior_mean,
+                                                         Tensor prior_std, Tensor seed, Tensor step, double kl_weight,
+                                                         int64_t offset) {
+  const auto guard = on_device_of(mean);
+  mean = torch::stable::contiguous(mean);
+  log_std = torch::stable::contiguous(log_std);
+  Tensor d_mean = torch::stable::empty_like(mean), d_log_std = torch::stable::empty_like(log_std);
+  Tensor kl = variational_gradients_(d_mean, d_log_std, grad, mean, log_std, prior_mean, prior_std, seed, step,
+                                     kl_weight, offset);
   return {kl, d_mean, d_log_std};
 }
 
@@ -213,6 +227,7 @@ STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) {
   m.impl("quadratic_penalty", TORCH_BOX(&quadratic_penalty));
   m.impl("quadratic_penalty_backward", TORCH_BOX(&quadratic_penalty_backward));
   m.impl("variational_gradients", TORCH_BOX(&variational_gradients));
+  m.impl("variational_gradients_", TORCH_BOX(&variational_gradients_));
 }
 
 }  // namespace vdu

@@ -19,7 +19,7 @@ struct SampleWeights {
     T mean[kItem], log_std[kItem], n[kItem];
     place.load(kMean, mean, kLogStd, log_std);
     normals(key, noise.offset + place.first, n);
-    VDU_LANES mean[i] = portable::sampled_weight(mean[i], log_std[i], n[i]);
+    VDU_LANES mean[i] = portable::sampled_weight(mean[i], portable::exponential(log_std[i]), n[i]);
     place.store(kOut, mean);
   }
 };

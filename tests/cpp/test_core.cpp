@@ -126,10 +126,25 @@ void test_blocks(const Isa& isa, int64_t skip, int64_t count) {
     CHECK(same(got, sum_in_lanes(terms)), "%s %s of %ld: %.17g", name, what, long(count), got);
   };
 
-  blocks.sample(mean.data, log_std.data, n.data, out.data);
-  each([&](int64_t i) { return mean[i] + core::exponential(log_std[i]) * n[i]; }, out, "sample");
   blocks.sample_backward(grad.data, log_std.data, n.data, out.data);
   each([&](int64_t i) { return grad[i] * core::exponential(log_std[i]) * n[i]; }, out, "sample_backward");
+
+  // Without and with exponents that need the special cases of exp.
+  const Buffer<T> plain = values(-70, 4);
+  for (const Buffer<T>* rho : {&plain, &log_std}) {
+    blocks.sample(mean.data, rho->data, n.data, out.data);
+    each([&](int64_t i) { return mean[i] + core::exponential((*rho)[i]) * n[i]; }, out, "sample");
+    const double got = blocks.gradients(grad.data, mean.data, rho->data, prior_mean.data, prior_std.data, n.data,
+                                        T(0.5), out.data, out2.data, count);
+    T d_mean, d_log_std, kl;
+    const auto gradients = [&](int64_t i) {
+      core::objective_gradients(grad[i], mean[i], (*rho)[i], prior_mean[i], prior_std[i], core::exponential((*rho)[i]),
+                                core::natural_log(prior_std[i]), n[i], T(0.5), d_mean, d_log_std, kl);
+    };
+    each([&](int64_t i) { return gradients(i), d_mean; }, out, "d_mean");
+    each([&](int64_t i) { return gradients(i), d_log_std; }, out2, "d_log_std");
+    sums([&](int64_t i) { return gradients(i), kl; }, got, "gradients");
+  }
 
   const T half = T(0.5);
   blocks.whitened(mean.data, prior_std.data, z.data, nullptr, nullptr, half, out.data);
@@ -413,6 +428,15 @@ void test_known_answers() {
     const float got = core::exponential(x);
     CHECK(exact > 3.5e38 ? std::isinf(got) : std::fabs(got - exact) <= 1.3 * (exact * 1.2e-7 + 1.5e-45), "exp %g",
           double(x));
+  }
+  for (uint32_t bits = 0; bits <= core::bits_of(core::kPlainExponent); bits += 977) {
+    for (uint32_t sign : {0u, 0x80000000u}) {
+      const float x = core::float_of(bits | sign);
+      CHECK(same(core::plain_exponential(x), core::exponential(x)), "exp %a", double(x));
+    }
+  }
+  for (float x : {-core::kPlainExponent, core::kPlainExponent}) {
+    CHECK(same(core::plain_exponential(x), core::exponential(x)), "exp %g", double(x));
   }
   CHECK(std::isnan(core::exponential(NAN)) && std::isinf(core::exponential(INFINITY)), "exp");
   CHECK(core::exponential(-INFINITY) == 0.0f && std::isnan(core::natural_log(-1.0f)), "exp, log");
