@@ -22,7 +22,7 @@ GPU_OPTIONS = {
     "reduce-overhead": Execution(compile="reduce-overhead"),
     "bfloat16, channels_last, reduce-overhead": Execution("bfloat16", True, "reduce-overhead"),
 }
-COUNT, STEPS, BATCH = 250, 10, 125
+COUNT, STEPS, BATCH = 250, 10, 250
 
 
 def _plain(pipeline: Any) -> Tensor:
