@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from jsonargparse import Namespace
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -76,8 +76,8 @@ def run(arguments: Namespace, command: list[str]) -> int:
         display.update("questions", len(questions), len(questions))
         title = f"{where['device']}, {setting.numel / 1e6:.1f} million parameters"
         drawn = write_roofline(output / "roofline.png", lines, peak_arithmetic(device), title)
-    console = Console()
-    console.print(table_of(lines, f"{title}, torch {where['torch']}"))
+    print(f"{title}, torch {where['torch']}")
+    print_lines(lines, Console(highlight=False))
     for answer in answers:
         if answer.left_out is not None:
             print(f"left out: {answer.question.name}: {answer.left_out}")
@@ -98,30 +98,38 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def table_of(lines: list[Line], title: str) -> Table:
+def print_lines(lines: list[Line], console: Console) -> None:
     """Time, ratio to the best baseline and share of the bandwidth of a copy, by question."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", overflow="fold")
-    for name in ("ms", "+-", "ns each", "x best baseline", "of copy", "of network"):
-        table.add_column(name, justify="right")
-    last = None
-    for line in lines:
-        if line["question"] != last:
-            last = line["question"]
-            table.add_row(last, style="bold")
-        share, ratio, part = (
-            line.get(name) for name in ("share_of_copy_bandwidth", "ratio_to_best_baseline", "part_of_network")
-        )
-        table.add_row(
-            f"  {line['implementation']}",
-            shown(line.get("milliseconds")),
-            f"{line['spread']:.0%}" if "spread" in line else "",
-            shown(line.get("ns_per_unit")),
-            f"{ratio:.2f}" if ratio is not None else "",
-            f"{share:.0%}" if share is not None else "",
-            f"{part:.1%}" if part is not None else "",
-        )
-        # What a budget says is the developers' business.
-        if "note" in line and "kept" not in line:
-            table.add_row(f"    {line['note']}", style="dim")
-    return table
+    console.print(_grid(["", "ms", "+-", "ns each", "x best", "of copy", "of net"]), style="bold")
+    for name, answered in groupby(lines, key=lambda line: line["question"]):
+        console.print(name, style="bold")
+        for line in answered:
+            console.print(_grid(_cells(line)))
+            # What a budget says is the developers' business.
+            if "note" in line and "kept" not in line:
+                console.print(f"    {line['note']}", style="dim")
+
+
+def _cells(line: Line) -> list[str]:
+    share, ratio, part = (
+        line.get(name) for name in ("share_of_copy_bandwidth", "ratio_to_best_baseline", "part_of_network")
+    )
+    return [
+        f"  {line['implementation']}",
+        shown(line.get("milliseconds")),
+        f"{line['spread']:.0%}" if "spread" in line else "",
+        shown(line.get("ns_per_unit")),
+        f"{ratio:.2f}" if ratio is not None else "",
+        f"{share:.0%}" if share is not None else "",
+        f"{part:.1%}" if part is not None else "",
+    ]
+
+
+def _grid(cells: list[str]) -> Table:
+    """One row of columns that are as wide in every row, so that names of any length may stand between them."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=33, no_wrap=True)
+    for width in (7, 4, 8, 7, 7, 6):
+        grid.add_column(width=width, justify="right", no_wrap=True)
+    grid.add_row(*cells)
+    return grid
