@@ -43,7 +43,7 @@ test-slow: install ## run all tests
 # bayesian-torch asks for torchvision, which it does not use here and which would bring another torch.
 bench: install ## measure on the CPU against the budgets; fails when one is missed (BENCH_FLAGS="--base REV": a commit)
 	@$(call quietly,$(BIN)/python -m pip install -e .[bench] --no-build-isolation)
-	@$(call quietly,$(BIN)/python -m pip install --no-deps "bayesian-torch>=0.5,<0.6")
+	@$(call quietly,$(BIN)/python -m pip install --no-deps bayesian-torch~=0.5.0)
 	@$(BIN)/python benchmarks/run.py $(BENCH_FLAGS)
 
 bench-calls: install ## what one call of every op costs on small tensors, by pytest-benchmark
