@@ -132,8 +132,8 @@ def check_base(config: UnlearnConfig, grid: SweepConfig) -> None:
             )
     if config.bank_filter == "classifier":
         raise InputError(
-            "--bank_filter classifier: a sweep takes no classifier. Use positive_unlabelled or none; the settings that it "
-            "finds can be used with another filter."
+            "--bank_filter classifier: a sweep takes no classifier. Use positive_unlabelled or none; what it finds can "
+            "be used with another filter."
         )
     if config.saturation != "hinge" and len(grid.hinge_ratios) > 1:
         raise InputError(
