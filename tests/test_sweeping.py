@@ -35,7 +35,7 @@ SCHEDULER = DDPMScheduler(num_train_timesteps=50)
 
 def small(**settings) -> UnlearnConfig:
     defaults = {"batch_size": 6, "replay_batch_size": 6, "check_every": 2, "check_size": 16, "learning_rate": 0.2}
-    bank = {"replay_samples": 16, "replay_sampler_steps": 6, "replay_states": 3, "bank_filter": "none"}
+    bank = {"replay_samples": 16, "replay_sampler_steps": 6, "replaystates": 3, "bank_filter": "none"}
     return UnlearnConfig(**(defaults | bank | settings))
 
 
@@ -244,14 +244,14 @@ class TestSweep:
         assert len(runs) == 2
 
     def test_a_setting_that_diverges_does_not_end_the_sweep(self, images, tmp_path, monkeypatch):
-        run = Sweep._states
+        run = Sweep.states
 
         def diverging(self, setting):
             if setting.replay_weight == 4.0:
                 raise InputError("the loss became nan")
             yield from run(self, setting)
 
-        monkeypatch.setattr(Sweep, "_states", diverging)
+        monkeypatch.setattr(Sweep, "states", diverging)
         result = sweep_tiny(images, tmp_path)
         assert {p.replay_weight for p in result.points} == {8.0}
         assert result.failed == {"lambda-4-hinge-2-gamma-0.05": "the loss became nan"}

@@ -83,11 +83,11 @@ class SweepConfig:
         sample_seed: of the starting noise, which nothing else draws from, whatever its seed.
     """
 
-    replay_weights: list[float] = field(default_factory=lambda: [4.0, 8.0, 16.0])
-    hinge_ratios: list[float] = field(default_factory=lambda: [2.0, 3.0, 4.0])
+    replay_weights: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0, 16.0])
+    hinge_ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
     gammas: list[float] = field(default_factory=lambda: [0.05, 0.3])
     step_counts: list[int] = field(default_factory=lambda: [50, 100])
-    least_forgotten: float = 95.0
+    least_forgotten: float = 98.0
     samples: int = 300
     sampler_steps: int = 50
     sample_seed: int = 0

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 ORIGINAL_SAMPLES = 4
 LOW = 0.05
 # A covariance of a few hundred samples tells no more than this.
-MOST_COMPONENTS = 64
+MOST_COMPONENTS = 32
 # From fewer, one picture more or less would move the estimate by more than ten percent.
 FEW_FORGOTTEN = 10
 

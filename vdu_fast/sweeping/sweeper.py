@@ -199,7 +199,8 @@ class Sweep:
         """The file of a setting."""
         return self.output / "settings" / f"{setting.name}.json"
 
-    def _key(self, setting: Setting) -> str:
+    def key(self, setting: Setting) -> str:
+        """A digest of all that decides the measurements of a setting."""
         return _digest([asdict(setting), self._made_from])
 
     def finished(self, setting: Setting) -> dict[str, Any] | None:
@@ -211,7 +212,7 @@ class Sweep:
             record = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"--output: {path} is not readable JSON ({error}). Remove it to have it made.") from error
-        return record if record.get("key") == self._key(setting) else None
+        return record if record.get("key") == self.key(setting) else None
 
     def run_all(self, settings: Sequence[Setting], progress: SweepProgress) -> list[dict[str, Any]]:
         """The records of the settings, in their order; those that are finished are read, not made again."""
@@ -226,10 +227,10 @@ class Sweep:
     def run(self, setting: Setting) -> dict[str, Any]:
         """Measure a setting, whether it was done before or not; the record is written to its file."""
         began = time.perf_counter()
-        record: dict[str, Any] = {"name": setting.name, "key": self._key(setting), "points": [], "failed": None}
+        record: dict[str, Any] = {"name": setting.name, "key": self.key(setting), "points": [], "failed": None}
         signals = self.signals  # what they need belongs to the model, not to the setting that may fail
         try:
-            for run, steps in self._states(setting):
+            for run, steps in self.states(setting):
                 images = self._draw(self.worker, self.grid.samples)
                 checked = run.history[-1]
                 point = Point(
@@ -247,7 +248,7 @@ class Sweep:
         write_json_atomic(self.path(setting), record)
         return record
 
-    def _states(self, setting: Setting) -> Iterator[tuple[UnlearningRun, int]]:
+    def states(self, setting: Setting) -> Iterator[tuple[UnlearningRun, int]]:
         self.worker.module.load_state_dict(self.original.module.state_dict())
         config = setting.applied(self.job.config, max(self.grid.step_counts))
         run = UnlearningRun(self.worker, self.job.images, self.job.posterior, self.kept, config)
