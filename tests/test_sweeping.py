@@ -35,7 +35,7 @@ SCHEDULER = DDPMScheduler(num_train_timesteps=50)
 
 def small(**settings) -> UnlearnConfig:
     defaults = {"batch_size": 6, "replay_batch_size": 6, "check_every": 2, "check_size": 16, "learning_rate": 0.2}
-    bank = {"replay_samples": 16, "replay_sampler_steps": 6, "replaystates": 3, "bank_filter": "none"}
+    bank = {"replay_samples": 16, "replay_sampler_steps": 6, "replay_states": 3, "bank_filter": "none"}
     return UnlearnConfig(**(defaults | bank | settings))
 
 
