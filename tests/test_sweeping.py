@@ -337,6 +337,14 @@ class TestCommand:
         assert len(runs) == 1
         assert (tmp_path / "out" / "sweep.json").read_bytes() == first
 
+    def test_an_interrupted_one_says_that_it_goes_on(self, arguments, capsys, monkeypatch):
+        def interrupted(self, setting):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Sweep, "run", interrupted)
+        assert main(arguments) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("flag", "value", "expected"),
         [

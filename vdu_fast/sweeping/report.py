@@ -99,11 +99,14 @@ def draw_curve(result: SweepResult, grid: SweepConfig) -> Figure:
         f"gamma {best.gamma:g}, {best.steps} steps",
     )  # fmt: skip
     axes.set_yscale("log")
+    ratios = [point.ratio for point in result.points]
+    crowded = max(ratios) > 5 * min(ratios)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "" if crowded else f"{value:g}")
     axes.set_xlabel("estimated PUL: forgotten, % (right is better)", color=FAINT)
     axes.set_ylabel("kept distance, x the original's own (lower is better)", color=FAINT)
     tidy(axes, "both")
+    axes.tick_params(which="minor", colors=FAINT, labelsize=9)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.8)
     figure.suptitle(
         "What each setting forgot, and what it cost", x=0.01, ha="left", fontsize=11, weight="bold", color=INK

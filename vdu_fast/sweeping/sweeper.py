@@ -78,7 +78,8 @@ def sweep(
     """Find gamma, lambda, hinge ratio and steps for a model, from the forget images and what the model draws.
 
     Args:
-        model, forget_images, posterior, scheduler: as for `vdu_fast.unlearn`; the model's weights stay as they are.
+        model, forget_images, posterior, scheduler: as for `vdu_fast.unlearn`; the model is moved to the device, and its
+            weights stay as they are.
         output: folder for the replay bank, the samples of the original model and one file per setting. What is in it
             from the same inputs is not made again.
         config: all other settings; gamma, replay_weight, hinge_ratio and steps of it are replaced.
