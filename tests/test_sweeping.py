@@ -258,6 +258,12 @@ class TestSweep:
         with pytest.raises(InputError, match="every setting failed, the first one so: the loss became nan"):
             sweep_tiny(images, tmp_path / "all", grid=replace(GRID, replay_weights=[4.0]))
 
+    def test_a_bank_that_is_too_small_ends_the_sweep(self, images, tmp_path):
+        with pytest.raises(InputError, match="the filter left 8 of 16 replayed images"):
+            config = small(bank_filter="positive_unlabelled", replay_batch_size=16)
+            sweep_tiny(images, tmp_path, config=config)
+        assert not (tmp_path / "settings").exists()
+
     def test_a_damaged_record_is_named(self, images, tmp_path):
         sweep_tiny(images, tmp_path)
         (tmp_path / "settings" / "lambda-4-hinge-2-gamma-0.05.json").write_text("{")

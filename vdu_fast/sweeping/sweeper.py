@@ -32,7 +32,7 @@ from vdu_fast.sampling import sample_images, sampler_for
 from vdu_fast.sweeping.choice import choose
 from vdu_fast.sweeping.grid import SWEPT, Point, Setting, SweepConfig, check_base
 from vdu_fast.sweeping.signals import ORIGINAL_SAMPLES, Signals
-from vdu_fast.unlearner import Job, Observers, check_inputs, check_replay, filtered, obtain_bank
+from vdu_fast.unlearner import Job, Observers, check_inputs, check_replay, filter_bank, obtain_bank
 from vdu_fast.unlearning_run import UnlearningRun
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,7 @@ class Sweep:
     @cached_property
     def kept(self) -> ReplayBank:
         """The bank without what must go."""
-        keep, report = filtered(self.job, self.bank, None, None)
-        self.job.observers.say(report.describe())
-        return self.bank.keep(keep)
+        return filter_bank(self.job, self.bank, None, None)[0]
 
     @cached_property
     def worker(self) -> Denoiser:
@@ -229,7 +227,8 @@ class Sweep:
         """Measure a setting, whether it was done before or not; the record is written to its file."""
         began = time.perf_counter()
         record: dict[str, Any] = {"name": setting.name, "key": self.key(setting), "points": [], "failed": None}
-        signals = self.signals  # what they need belongs to the model, not to the setting that may fail
+        # Made here, because where these fail no setting can be measured.
+        signals, _ = self.signals, self.kept
         try:
             for run, steps in self.states(setting):
                 images = self._draw(self.worker, self.grid.samples)
