@@ -259,8 +259,8 @@ class TestSweep:
             sweep_tiny(images, tmp_path / "all", grid=replace(GRID, replay_weights=[4.0]))
 
     def test_a_bank_that_is_too_small_ends_the_sweep(self, images, tmp_path):
+        config = small(bank_filter="positive_unlabelled", replay_batch_size=16)
         with pytest.raises(InputError, match="the filter left 8 of 16 replayed images"):
-            config = small(bank_filter="positive_unlabelled", replay_batch_size=16)
             sweep_tiny(images, tmp_path, config=config)
         assert not (tmp_path / "settings").exists()
 

@@ -10,12 +10,12 @@ Both are read off features of the *original* network's middle block, which no un
   by the same distance of other such samples of the original, so that 1 means as good as nothing lost.
 
 The regression is not the one that filters the replay bank: its unlabelled images, which the oracle is taken from, are
-drawn for this purpose, the fresh samples had no part in it, and its threshold is that of forget images which the scoring
-fit did not see. What remains: the forget images and the kind of features are the same, so pictures of the unwanted that
-neither recognises stay in the bank, are taught to be kept, and are not counted. The estimate of PUL is too high by them.
-Where the classes lie close together the count also holds some pictures of other classes, which keeps the estimate below
-100. The oracle lacks what was wrongly called forgotten, and knows nothing of real pictures: what the original model
-draws badly is no loss. With 30 forgotten pictures drawn before, a PUL of 100 means 95% confidence in no more than 90.
+drawn for this purpose, the fresh samples had no part in it, and its threshold is that of forget images which the
+scoring fit did not see. What remains: the forget images and the kind of features are the same, so pictures of the
+unwanted that neither recognises stay in the bank, are taught to be kept, and are not counted. The estimate of PUL is
+too high by them. Where the classes lie close together the count also holds some pictures of other classes, which keeps
+the estimate below 100. The oracle lacks what was wrongly called forgotten, and knows nothing of real pictures: what the
+original model draws badly is no loss. And counts are small: none left of 30 shows, with 95% confidence, a PUL of 90.
 """
 
 from __future__ import annotations
