@@ -98,7 +98,8 @@ class Signals:
         components = max(1, min(MOST_COMPONENTS, len(oracle) // 4))
         self._axes = torch.linalg.svd((oracle - self._mean) / self._std, full_matrices=False).Vh[:components].T
         self._oracle = self._projected(oracle)
-        self.own_distance = self._distance(others)
+        # Zero where the model draws a single picture, over and over.
+        self.own_distance = max(self._distance(others), 1e-12)
 
     def measure(self, images: Tensor) -> dict[str, Any]:
         """The measures of an unlearned model, as fields of `Point`.

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,10 @@ class Sweep:
 
     def run(self, setting: Setting) -> dict[str, Any]:
         """Measure a setting, whether it was done before or not; the record is written to its file."""
-        began = time.perf_counter()
-        record: dict[str, Any] = {"name": setting.name, "key": self.key(setting), "points": [], "failed": None}
         # Made here, because where these fail no setting can be measured.
         signals, _ = self.signals, self.kept
+        began = time.perf_counter()
+        record: dict[str, Any] = {"name": setting.name, "key": self.key(setting), "points": [], "failed": None}
         try:
             for run, steps in self.states(setting):
                 images = self._draw(self.worker, self.grid.samples)
@@ -249,6 +249,7 @@ class Sweep:
         return record
 
     def states(self, setting: Setting) -> Iterator[tuple[UnlearningRun, int]]:
+        """Put into `worker` what the setting ends with after each number of steps; yields the run and that number."""
         self.worker.module.load_state_dict(self.original.module.state_dict())
         config = setting.applied(self.job.config, max(self.grid.step_counts))
         run = UnlearningRun(self.worker, self.job.images, self.job.posterior, self.kept, config)
@@ -277,7 +278,7 @@ def annealed_states(run: UnlearningRun, step_counts: Sequence[int]) -> Iterator[
         while run.step_number < int(steps * (1 - config.anneal)):
             run.step()
         trunk = {name: tensor.clone() for name, tensor in run.state_dict().items()}
-        run.config = UnlearnConfig(**(asdict(config) | {"steps": steps}))
+        run.config = replace(config, steps=steps)
         try:
             while run.step_number < steps:
                 run.step()
