@@ -28,6 +28,7 @@ from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
 from vdu_fast.sampling import sample_images
+from vdu_fast.sweeping import SweepConfig
 
 REPOSITORY = str(Path(vdu_fast.__file__).parents[1])
 TINY_PRETRAIN = shlex.split("--steps 8 --anneal_steps 2 --warmup_steps 2 --checkpoints 4 --channels [8] --batch_size 8")
@@ -127,6 +128,7 @@ class TestSettings:
             ("pretrain", PretrainConfig),
             ("unlearn", UnlearnConfig),
             ("profile", UnlearnConfig),
+            ("sweep", SweepConfig),
             ("evaluate", EvaluationConfig),
         ],
     )

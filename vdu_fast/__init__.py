@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from vdu_fast.profiling import profile as profile
     from vdu_fast.replay import ReplayBank as ReplayBank
     from vdu_fast.schedule import NoiseSchedule as NoiseSchedule
+    from vdu_fast.sweeping import SweepConfig as SweepConfig
+    from vdu_fast.sweeping import sweep as sweep
     from vdu_fast.unlearner import UnlearnResult as UnlearnResult
     from vdu_fast.unlearner import unlearn as unlearn
 
@@ -45,6 +47,7 @@ _HOME = {
     "PosteriorRecorder": "posterior",
     "Profile": "profiling",
     "ReplayBank": "replay",
+    "SweepConfig": "sweeping",
     "UnlearnConfig": "config",
     "UnlearnResult": "unlearner",
     "VariationalOptimizer": "optim",
@@ -53,6 +56,7 @@ _HOME = {
     "load_images": "data",
     "load_pipeline": "pipelines",
     "profile": "profiling",
+    "sweep": "sweeping",
     "unlearn": "unlearner",
     "use_backend": "_native",
 }

@@ -124,13 +124,12 @@ def positive_unlabelled_filter(
     module = check_positive_unlabelled(denoiser, forget_images, feature_module)
     bank = middle_features(denoiser, bank_images, module, batch_size=batch_size)
     forget = middle_features(denoiser, forget_images, module, batch_size=batch_size)
-    both = torch.cat([bank, forget])
-    mean, std = both.mean(dim=0), both.std(dim=0).clamp_min(1e-6)
-    scores, held_out, share = _score((bank - mean) / std, (forget - mean) / std)
-    median = held_out.median()
-    spread = 1.4826 * (held_out - median).abs().median()
+    fit = fit_positive_unlabelled(bank, forget)
+    median = fit.held_out.median()
+    spread = 1.4826 * (fit.held_out - median).abs().median()
+    scores = fit.score(bank)
     suspected, limited = _at_most(max_dropped, scores >= median - TOLERANCE * spread, scores)
-    report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), share, limited)
+    report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), fit.share, limited)
     return ~suspected, report
 
 
@@ -144,30 +143,59 @@ def check_positive_unlabelled(denoiser: Denoiser, forget_images: Tensor, feature
     return find_feature_module(denoiser.module, feature_module)
 
 
-def _score(bank: Tensor, forget: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Bank scores [N], held-out scores of the forget images [M], estimated unwanted share of the bank."""
+@dataclass(frozen=True)
+class PositiveUnlabelledFit:
+    """A linear score of how much features look like those of the forget images.
+
+    Attributes:
+        direction, offset: the score of features f is f . direction + offset; float64 [F] and a number.
+        held_out: scores of the forget images, each by the fit that did not see it, float64 [M].
+        share: estimated share of the unlabelled images that look like the forget images.
+    """
+
+    direction: Tensor
+    offset: float
+    held_out: Tensor
+    share: float
+
+    def score(self, features: Tensor) -> Tensor:
+        """Scores of features float64 [N, F], float64 [N]."""
+        return features @ self.direction + self.offset
+
+
+def fit_positive_unlabelled(unlabelled: Tensor, forget: Tensor) -> PositiveUnlabelledFit:
+    """The cross-fitted regression of `positive_unlabelled_filter`, on features float64 [N, F] and [M, F], M >= 8."""
+    both = torch.cat([unlabelled, forget])
+    mean, std = both.mean(dim=0), both.std(dim=0).clamp_min(1e-6)
+    unlabelled, forget = (unlabelled - mean) / std, (forget - mean) / std
     halves = torch.arange(len(forget)) % 2 == 0
-    positives, negatives = bank[:0], bank
+    positives, negatives = unlabelled[:0], unlabelled
     for _ in range(ROUNDS):
-        first, held_second = _fit_and_score(torch.cat([forget[halves], positives]), negatives, bank, forget[~halves])
-        second, held_first = _fit_and_score(torch.cat([forget[~halves], positives]), negatives, bank, forget[halves])
-        scores, held_out = (first + second) / 2, torch.cat([held_second, held_first])
+        first = _regression(torch.cat([forget[halves], positives]), negatives)
+        second = _regression(torch.cat([forget[~halves], positives]), negatives)
+        held_out = torch.cat([_linear(second, forget[halves]), _linear(first, forget[~halves])])
+        direction, offset = (first[0] + second[0]) / 2, (first[1] + second[1]) / 2
+        scores = _linear((direction, offset), unlabelled)
         share = min(1.0, 2 * float((scores >= held_out.median()).double().mean()))
         order = scores.argsort(descending=True)
-        positives = bank[order[: int(share / 2 * len(bank))]]
-        negatives = bank[order[int(min(0.5, 2 * share) * len(bank)) :]]
-    return scores, held_out, share
+        positives = unlabelled[order[: int(share / 2 * len(unlabelled))]]
+        negatives = unlabelled[order[int(min(0.5, 2 * share) * len(unlabelled)) :]]
+    return PositiveUnlabelledFit(direction / std, offset - float(mean @ (direction / std)), held_out, share)
 
 
-def _fit_and_score(positive: Tensor, negative: Tensor, bank: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+def _regression(positive: Tensor, negative: Tensor) -> tuple[Tensor, float]:
+    """Direction [F] and offset of a logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
     labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).numpy()
     # Balanced: the two sets have nothing to do with the frequencies of the classes.
     model = LogisticRegression(C=LOGISTIC_C, class_weight="balanced", max_iter=500)
     model.fit(torch.cat([positive, negative]).numpy(), labels)
-    both = torch.from_numpy(model.decision_function(torch.cat([bank, held_out]).numpy()))
-    return both[: len(bank)], both[len(bank) :]
+    return torch.from_numpy(model.coef_[0]), float(model.intercept_[0])
+
+
+def _linear(fit: tuple[Tensor, float], features: Tensor) -> Tensor:
+    return features @ fit[0] + fit[1]
 
 
 def find_feature_module(network: nn.Module, name: str | None) -> nn.Module:

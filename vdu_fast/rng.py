@@ -46,6 +46,7 @@ class Stream(IntEnum):
     PROBE = 8
     SPLIT = 9
     BANK = 10  # not SAMPLER: a bank and an evaluation of one seed must not start from the same noise
+    SWEEP = 11  # settings must not be chosen on the noise of any evaluation
 
 
 def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

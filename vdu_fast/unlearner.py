@@ -177,7 +177,7 @@ def unlearn(
     if config.replay_weight > 0:
         whole = obtain_bank(job, bank)
         used = whole.made_from | {"images": len(whole)}
-        kept, report = _filter_bank(job, whole, classifier, forget_label)
+        kept, report = filter_bank(job, whole, classifier, forget_label)
     run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
     try:
         reason = _drive(run, job, resume=resume)
@@ -279,9 +279,10 @@ def obtain_bank(job: Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
 
 
 @phase("filter")
-def _filter_bank(
+def filter_bank(
     job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
+    """The bank without what must go, and the filter's report; InputError where too little is left for a batch."""
     config, began = job.config, time.perf_counter()
     keep, report = filtered(job, bank, classifier, forget_label)
     job.seconds["filter"] = time.perf_counter() - began

@@ -19,6 +19,7 @@ COMMANDS = {
     "pretrain": "train a diffusion model on your pictures, and record its posterior",
     "posterior": "estimate the posterior of a model from its checkpoints, or from the model alone (--fisher)",
     "unlearn": "make a model forget, from pictures of what must go",
+    "sweep": "find the settings of unlearn that suit a model, from the same pictures alone",
     "profile": "show where the time and the memory of unlearning go, and what would help",
     "evaluate": "measure what was forgotten and what it cost, and write a report",
     "compare": "run other unlearning methods beside this one at equal cost, and write a table",

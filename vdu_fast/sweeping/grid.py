@@ -1,0 +1,142 @@
+"""What a sweep tries, how it measures, and what one measurement holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from vdu_fast.config import UnlearnConfig
+from vdu_fast.errors import InputError
+
+# The settings of `unlearn` that a sweep finds.
+SWEPT = ("gamma", "replay_weight", "hinge_ratio", "steps")
+# Those that would end a run somewhere else than at the number of steps that is measured.
+REFUSED = ("target_ratio", "rollback")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of a sweep, which is measured at several numbers of steps."""
+
+    replay_weight: float
+    hinge_ratio: float
+    gamma: float
+
+    @property
+    def name(self) -> str:
+        """What its file is called."""
+        return f"lambda-{self.replay_weight:g}-hinge-{self.hinge_ratio:g}-gamma-{self.gamma:g}"
+
+    def applied(self, config: UnlearnConfig, steps: int) -> UnlearnConfig:
+        """The settings of `unlearn` that end where this one was measured after `steps`."""
+        return replace(config, **asdict(self), steps=steps)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a sweep measured of one setting after one number of steps.
+
+    Attributes:
+        replay_weight, hinge_ratio, gamma, steps: the settings.
+        forgotten: of the fresh samples, how many the filter calls forgotten; `forgotten_before`, of the original's.
+        pul: estimated percentage unlearned, 100 (forgotten_before - forgotten) / forgotten_before.
+        distance: kept distance, see `vdu_fast.sweeping.signals`.
+        ratio: `distance` over that of the original model's own kept samples: 1 is as good as nothing lost.
+        replay_distance: mean squared distance to the original's predictions on replayed states.
+        forget_ratio: forget loss, after / before.
+    """
+
+    replay_weight: float
+    hinge_ratio: float
+    gamma: float
+    steps: int
+    forgotten: int
+    forgotten_before: int
+    pul: float
+    distance: float
+    ratio: float
+    replay_distance: float
+    forget_ratio: float
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.replay_weight, self.hinge_ratio, self.gamma)
+
+
+@dataclass
+class SweepConfig:
+    """What a sweep tries and how it measures.
+
+    Args:
+        replay_weights: values of lambda (--replay_weight of `unlearn`).
+        hinge_ratios: values of --hinge_ratio of `unlearn`.
+        gammas: values of --gamma of `unlearn`.
+        step_counts: numbers of steps. One run serves them all: it goes on at the full learning rate, and anneals a copy
+            of its state for each.
+        least_forgotten: estimated PUL in percent that the chosen setting must reach; among those that do, the one that
+            keeps most is chosen.
+        samples: images drawn from every unlearned model, all from one starting noise; four times as many are drawn from
+            the original, once.
+        sampler_steps: network evaluations per image.
+        sample_seed: of the starting noise, which nothing else draws from, whatever its seed.
+    """
+
+    replay_weights: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0, 16.0])
+    hinge_ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
+    gammas: list[float] = field(default_factory=lambda: [0.05, 0.3])
+    step_counts: list[int] = field(default_factory=lambda: [50, 100])
+    least_forgotten: float = 98.0
+    samples: int = 300
+    sampler_steps: int = 50
+    sample_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("replay_weights", "hinge_ratios", "gammas", "step_counts"):
+            values = getattr(self, name)
+            if not values:
+                raise InputError(f"--{name} is empty; give one or more numbers, as in --{name} [2,4].")
+            setattr(self, name, sorted(set(values)))
+        for name in ("replay_weights", "hinge_ratios"):
+            if not all(math.isfinite(value) and value > 0 for value in getattr(self, name)):
+                raise InputError(f"--{name} must be positive numbers, got {getattr(self, name)}.")
+        if not all(0 <= gamma < 1 for gamma in self.gammas):
+            raise InputError(f"--gammas must be in [0, 1), got {self.gammas}.")
+        if min(self.step_counts) < 1:
+            raise InputError(f"--step_counts must be at least 1, got {self.step_counts}.")
+        if not 0 < self.least_forgotten <= 100:
+            raise InputError(f"--least_forgotten is a percentage above 0 and at most 100, got {self.least_forgotten}.")
+        if self.samples < 8:
+            raise InputError(f"--samples must be at least 8, got {self.samples}; below 100 little can be told.")
+        if self.sampler_steps < 1:
+            raise InputError(f"--sampler_steps must be at least 1, got {self.sampler_steps}.")
+
+    def settings(self) -> list[Setting]:
+        """Every combination, one run each."""
+        return [Setting(*values) for values in product(self.replay_weights, self.hinge_ratios, self.gammas)]
+
+    def measured_by(self) -> dict[str, Any]:
+        """What decides the measurements of one setting; not the other settings, and not the choice."""
+        return {name: getattr(self, name) for name in ("step_counts", "samples", "sampler_steps", "sample_seed")}
+
+
+def check_base(config: UnlearnConfig, grid: SweepConfig) -> None:
+    """InputError where the settings that all runs share cannot be swept."""
+    default = UnlearnConfig()
+    for name in REFUSED:
+        if getattr(config, name) != getattr(default, name):
+            raise InputError(
+                f"--{name} ends a run elsewhere than at the numbers of steps that a sweep measures; leave it out. "
+                "--step_counts are the numbers of steps to choose from."
+            )
+    if config.bank_filter == "classifier":
+        raise InputError(
+            "--bank_filter classifier: a sweep takes no classifier. Use positive_unlabelled or none; what it finds can "
+            "be used with another filter."
+        )
+    if config.saturation != "hinge" and len(grid.hinge_ratios) > 1:
+        raise InputError(
+            f"--hinge_ratios {grid.hinge_ratios} would all be the same run: only --saturation hinge has a hinge, not "
+            f"{config.saturation}. Give one value."
+        )
