@@ -42,7 +42,7 @@ class PersistenceConfig:
 
     Attributes:
         relearn_images: images of the class that relearning sees, and as many of the others where it sees those.
-        relearn_steps: steps after which what the model draws is counted, rising; the last one ends relearning.
+        relearn_steps: steps after which what the model draws is counted, rising from 0; the last one ends relearning.
         relearn_learning_rate: of Adam, constant.
         relearn_batch_size: noised images per step, drawn from the few over and over.
         relearn_samples: images drawn for every count, from the evaluation's starting noise.
@@ -64,10 +64,10 @@ class PersistenceConfig:
         object.__setattr__(self, "relearn_steps", tuple(self.relearn_steps))
         for name, value in asdict(self).items():
             if name == "relearn_steps":
-                if not value or value[0] < 0 or any(b <= a for a, b in itertools.pairwise(value)):
+                if value[:1] != (0,) or any(b <= a for a, b in itertools.pairwise(value)):
                     raise InputError(
-                        f"{name}: got {list(value)}; accepted are whole numbers from 0 up, each greater than the one "
-                        "before. Give such a list, as [0,10,20,40]."
+                        f"{name}: got {list(value)}; accepted are 0 and then whole numbers, each greater than the "
+                        "one before. Give such a list, as [0,10,20,40]."
                     )
             elif name == "relearn_learning_rate":
                 if not (math.isfinite(value) and value > 0):
@@ -105,8 +105,8 @@ def measure_persistence(
     heldout: ImageSet,
     forget: int,
     classifier: ImageClassifier,
-    config: PersistenceConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
+    persistence: PersistenceConfig | None = None,
+    config: EvaluationConfig | None = None,
     original_samples: Tensor | None = None,
     progress: EvaluationProgress | None = None,
 ) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def measure_persistence(
         train, heldout: labelled images that the original model saw, and others of the same classes.
         forget: index of the forgotten class.
         classifier: the judge of `evaluate`.
-        evaluation: gives sampler steps, batch size, how networks are run, and the seed of everything random.
+        persistence: the settings.
+        config: gives sampler steps, batch size, how networks are run, and the seed of everything random.
         original_samples: samples numbered 0, 1, ... of `before` with this seed and sampler; those that are missing are
             drawn.
         progress: called with (stage, done, total).
@@ -130,20 +131,20 @@ def measure_persistence(
         InputError: the original model does not draw the class in `relearn_samples` samples, or a class has no training
             image.
     """
-    config, evaluation = config or PersistenceConfig(), evaluation or EvaluationConfig()
-    before.execution = after.execution = evaluation.execution
+    persistence, config = persistence or PersistenceConfig(), config or EvaluationConfig()
+    before.execution = after.execution = config.execution
     report = progress or (lambda stage, done, total: None)
     check_labels(train, "train")
-    images = {}
+    images: dict[str, Tensor] = {}
     for name, source in (("train", train), ("heldout", heldout)):
         assert source.labels is not None
         of_class = source.labels == forget
         images |= {f"forget_{name}": source.images[of_class], f"retained_{name}": source.images[~of_class]}
-    questions = _Questions(before, after, images, forget, classifier, config, evaluation, report)
+    questions = _Questions(before, after, images, forget, classifier, persistence, config, report)
     original = questions.count(before, original_samples)
-    percentage_unlearned(original, 0, samples=config.relearn_samples, class_name=train.class_names[forget])
+    percentage_unlearned(original, 0, samples=persistence.relearn_samples, class_name=train.class_names[forget])
     answers: dict[str, Any] = {
-        "settings": asdict(config) | {"seed": evaluation.seed},
+        "settings": asdict(persistence),
         "relearning": questions.relearning(original),
         "inversion": questions.inversion(),
         **questions.membership(),
@@ -160,14 +161,14 @@ class _Questions:
     images: dict[str, Tensor]
     forget: int
     classifier: ImageClassifier
-    config: PersistenceConfig
-    evaluation: EvaluationConfig
+    settings: PersistenceConfig
+    config: EvaluationConfig
     report: EvaluationProgress
     omitted: dict[str, str] = field(default_factory=dict)
 
     @property
     def sampler(self) -> dict[str, Any]:
-        return {"steps": self.evaluation.sampler_steps, "batch_size": self.evaluation.batch_size}
+        return {"steps": self.config.sampler_steps, "batch_size": self.config.batch_size}
 
     def of_class(self, images: Tensor) -> int:
         """How many of these images the judge assigns to the forgotten class; NaN is no image of it."""
@@ -176,19 +177,20 @@ class _Questions:
 
     def count(self, denoiser: Denoiser, known: Tensor | None = None) -> int:
         """How many of its samples are of the class; `known` are its first ones, where they were drawn before."""
-        wanted, seed = self.config.relearn_samples, self.evaluation.seed
+        wanted, seed = self.settings.relearn_samples, self.config.seed
         known = torch.empty(0, *denoiser.sample_shape) if known is None else known[:wanted]
         rest = sample_images(denoiser, wanted - len(known), first=len(known), seed=seed, **self.sampler)
         return self.of_class(torch.cat([known, rest]))
 
     def relearning(self, original: int) -> dict[str, Any]:
         """What is drawn again after training on, with images of the class and with others."""
-        config, seed, steps = self.config, self.evaluation.seed, self.config.relearn_steps
-        answers: dict[str, Any] = {"samples": config.relearn_samples, "before": original, "steps": list(steps)}
+        settings, seed, steps = self.settings, self.config.seed, self.settings.relearn_steps
+        answers: dict[str, Any] = {"samples": settings.relearn_samples, "before": original, "steps": list(steps)}
         untouched = self.count(self.after)
         for kind, source in (("forget", "forget_train"), ("unrelated", "retained_train")):
-            images, counts = fixed_subset(self.images[source], config.relearn_images, seed), []
-            for step, model in relearn(self.after, images, config, seed=seed):
+            images = fixed_subset(self.images[source], settings.relearn_images, seed)
+            counts: list[int] = []
+            for step, model in relearn(self.after, images, settings, seed=seed):
                 self.report(f"relearning, {kind} images", len(counts), len(steps))
                 counts.append(self.count(model) if step else untouched)
             self.report(f"relearning, {kind} images", len(steps), len(steps))
@@ -197,10 +199,10 @@ class _Questions:
 
     def inversion(self) -> dict[str, Any]:
         """Shares of the class among what both models draw from the noise that its images are inverted to."""
-        images = fixed_subset(self.images["forget_train"], self.config.inverted_images, self.evaluation.seed)
+        images = fixed_subset(self.images["forget_train"], self.settings.inverted_images, self.config.seed)
         self.report("inversion", 0, 3)
         noise = invert_images(self.before, images, **self.sampler)
-        shares: dict[str, Any] = {"images": len(images), "steps": self.evaluation.sampler_steps}
+        shares: dict[str, Any] = {"images": len(images), "steps": self.config.sampler_steps}
         for done, (side, denoiser) in enumerate((("before", self.before), ("after", self.after)), start=1):
             self.report("inversion", done, 3)
             shares[side] = self.of_class(decode_noise(denoiser, noise, **self.sampler)) / len(images)
@@ -209,15 +211,15 @@ class _Questions:
 
     def membership(self) -> dict[str, Any]:
         """Mean errors at every timestep, by kind of image and model, and the AUCs between them."""
-        seed, config = self.evaluation.seed, self.config
-        timesteps = even_timesteps(config.membership_timesteps, len(self.before.schedule))
-        how: dict[str, Any] = {"timesteps": timesteps, "seed": seed, "batch_size": self.evaluation.batch_size}
+        seed, settings = self.config.seed, self.settings
+        timesteps = even_timesteps(settings.membership_timesteps, len(self.before.schedule))
+        how: dict[str, Any] = {"timesteps": timesteps, "seed": seed, "batch_size": self.config.batch_size}
         curves: dict[str, Any] = {"timesteps": timesteps.tolist()}
         found: dict[str, dict[str, Tensor]] = {}
         kinds = ("forget_train", "forget_heldout", "retained_heldout")
         for done, kind in enumerate(kinds):
             self.report("prediction errors", done, len(kinds))
-            images = fixed_subset(self.images[kind], config.membership_images, seed)
+            images = fixed_subset(self.images[kind], settings.membership_images, seed)
             if not len(images):
                 self.omitted[f"errors.{kind}"] = "there is no such image"
                 continue
@@ -245,7 +247,7 @@ def _worst(aucs: list[float]) -> dict[str, Any]:
 
 
 def relearn(
-    denoiser: Denoiser, images: Tensor, config: PersistenceConfig, *, seed: int
+    denoiser: Denoiser, images: Tensor, settings: PersistenceConfig, *, seed: int
 ) -> Iterator[tuple[int, Denoiser]]:
     """Train a copy of the model on a few images with the plain DDPM loss and Adam; the model is left as it is.
 
@@ -254,17 +256,17 @@ def relearn(
         seed: of batches, timesteps and noise.
 
     Yields:
-        Steps done and the copy, at each of `config.relearn_steps`.
+        Steps done and the copy, at each of `settings.relearn_steps`.
     """
     copied = Denoiser(copy.deepcopy(denoiser.module), denoiser.scheduler, denoiser.sample_shape)
     copied.execution = denoiser.execution
     # Whoever relearns is bound neither by what unlearning froze nor to a dropout that is no function of the seed.
     copied.module.requires_grad_(True).eval()
-    optimizer = torch.optim.Adam(copied.module.parameters(), lr=config.relearn_learning_rate)
+    optimizer = torch.optim.Adam(copied.module.parameters(), lr=settings.relearn_learning_rate)
     done = 0
-    for goal in config.relearn_steps:
+    for goal in settings.relearn_steps:
         for step in range(done, goal):
-            batch = noised_batch(copied, [images], config.relearn_batch_size, step, seed)
+            batch = noised_batch(copied, [images], settings.relearn_batch_size, step, seed)
             optimizer.zero_grad()
             denoising_loss(copied, copied.predict(batch.x_t, batch.timesteps), batch).backward()
             optimizer.step()
