@@ -30,7 +30,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig, evaluate, percentage_unlearned
-from vdu_fast.persistence import PersistenceConfig, measure_persistence
+from vdu_fast.persistence import PersistenceConfig, check_count, measure_persistence
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
@@ -178,11 +178,12 @@ class Comparison:
 
     def check_drawn(self, label: int) -> None:
         """InputError where the original model does not draw the class: asked before anything is unlearned."""
-        counts = {self.config.samples} | ({self.persistence.relearn_samples} if self.persistence else set())
-        for count in sorted(counts):
-            _, labels = self.classifier.embed_and_classify(self.original_samples[:count])
-            drawn = int((labels == label).sum())
-            percentage_unlearned(drawn, 0, samples=len(labels), class_name=self.train.class_names[label])
+        name, samples = self.train.class_names[label], self.config.samples
+        drawn = self.classifier.embed_and_classify(self.original_samples)[1] == label
+        percentage_unlearned(int(drawn[:samples].sum()), 0, samples=samples, class_name=name)
+        if self.persistence is not None:
+            samples = self.persistence.relearn_samples
+            check_count(int(drawn[:samples].sum()), samples=samples, class_name=name)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Unlearn and measure; the record is written to the run's file.

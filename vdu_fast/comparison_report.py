@@ -258,7 +258,7 @@ def write_comparison(output: Path, records: Sequence[Record]) -> list[Row]:
     write_bytes_atomic(output / "table.md", table_markdown(rows, records).encode())
     write_bytes_atomic(output / "tradeoff.png", png(draw_methods(rows)))
     if of_persistence(records[0]) is not None:
-        write_bytes_atomic(output / "persistence.png", png(drawof_persistence(records)))
+        write_bytes_atomic(output / "persistence.png", png(draw_persistence(records, styles_of(rows))))
     return rows
 
 

@@ -29,7 +29,7 @@ from vdu_fast.baselines.training import denoising_loss, noised_batch
 from vdu_fast.classifier import ImageClassifier, check_labels
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
-from vdu_fast.evaluation import EvaluationConfig, EvaluationProgress, fixed_subset, percentage_unlearned
+from vdu_fast.evaluation import EvaluationConfig, EvaluationProgress, fixed_subset
 from vdu_fast.inversion import invert_images
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.prediction_errors import auc_spread, even_timesteps, membership_auc, noise_prediction_errors
@@ -97,6 +97,15 @@ def half_life(steps: Sequence[int], counts: Sequence[int], original: int) -> flo
     return None
 
 
+def check_count(original: int, *, samples: int, class_name: str) -> None:
+    """InputError where the original model draws none of the class, so that there is nothing to come back."""
+    if original == 0:
+        raise InputError(
+            f"relearn_samples: the original model drew no image of class {class_name!r} in {samples} samples, so that "
+            "half of them means nothing. Draw more (--relearn_samples)."
+        )
+
+
 def measure_persistence(
     before: Denoiser,
     after: Denoiser,
@@ -142,7 +151,7 @@ def measure_persistence(
         images |= {f"forget_{name}": source.images[of_class], f"retained_{name}": source.images[~of_class]}
     questions = _Questions(before, after, images, forget, classifier, persistence, config, report)
     original = questions.count(before, original_samples)
-    percentage_unlearned(original, 0, samples=persistence.relearn_samples, class_name=train.class_names[forget])
+    check_count(original, samples=persistence.relearn_samples, class_name=train.class_names[forget])
     answers: dict[str, Any] = {
         "settings": asdict(persistence),
         "relearning": questions.relearning(original),

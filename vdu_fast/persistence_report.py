@@ -45,11 +45,11 @@ def describe_columns(record: Record) -> str:
     return (
         f"Half back after: steps of Adam ({settings['relearn_learning_rate']:g}) on {relearning['forget']['images']} "
         f"images of the class until half of the original count is back in {relearning['samples']} samples; by itself "
-        f"after: the same on {relearning['unrelated']['images']} images of other classes; {steps} stands for {steps} or "
-        "more. From its noise: share of images of the class that the model draws from the noise that the original "
-        f"model's sampler, run backwards, leads to ({of_persistence(record, 'inversion', 'images')} images). Membership: "
-        "AUC of the prediction error between training and held-out images of the class, the furthest from 0.5 over "
-        f"{settings['membership_timesteps']} timesteps.{chance}"
+        f"after: the same on {relearning['unrelated']['images']} images of other classes; {steps} stands for that many "
+        "or more. From its noise: share of the class's images that the model draws from the noise that the original "
+        "model's sampler, run backwards, leads to. Membership: AUC of the prediction error between training and "
+        f"held-out images of the class, the furthest from 0.5 over {settings['membership_timesteps']} timesteps."
+        f"{chance}"
     )
 
 
