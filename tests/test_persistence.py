@@ -28,7 +28,7 @@ from vdu_fast.sampling import decode_noise, sample_images
 CONFIG = replace(EVALUATION, samples=40)
 QUICK = PersistenceConfig(
     relearn_steps=(0, 2, 4), relearn_samples=40, relearn_images=4, relearn_batch_size=8, inverted_images=12,
-    membership_images=20, membership_timesteps=3,
+    membership_images=20, membership_timesteps=10,
 )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ class TestMembership:
         assert membership_auc(torch.stack([errors[0], errors[1] + 2]), errors) == pytest.approx([0.5, 0.0])
 
     def test_spread_by_chance(self):
-        draws_of = torch.rand(400, 50, generator=torch.Generator().manual_seed(1))
+        draws_of = torch.rand(300, 50, generator=torch.Generator().manual_seed(1))
         aucs = torch.tensor(membership_auc(draws_of[:, :30], draws_of[:, 30:]))
         assert float(aucs.std()) == pytest.approx(auc_spread(30, 20), rel=0.1)
 
@@ -182,14 +182,14 @@ class TestMembership:
     def test_errors_are_means_over_the_images_of_a_kind(self, forgotten):
         curves = forgotten["errors"]
         timesteps = torch.tensor(curves["timesteps"])
-        assert timesteps.tolist() == [166, 500, 833]
+        assert timesteps.tolist() == list(range(50, 1000, 100))
         images = fixed_subset(TRAIN.images[TRAIN.labels == FORGET], 20, CONFIG.seed)
         errors = noise_prediction_errors(original(), images, timesteps=timesteps, seed=CONFIG.seed)
         assert curves["forget_train"]["before"] == pytest.approx(errors.mean(dim=1).tolist())
         assert curves["forget_train"]["images"] == 20
         before, after = (torch.tensor(curves["forget_heldout"][side]) for side in ("before", "after"))
         assert float((after / before).max()) > 2
-        assert curves["retained_heldout"]["after"] == pytest.approx(curves["retained_heldout"]["before"], rel=0.2)
+        assert curves["retained_heldout"]["after"] == pytest.approx(curves["retained_heldout"]["before"], rel=0.5)
 
 
 class TestMeasuring:
