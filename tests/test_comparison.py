@@ -327,7 +327,7 @@ class TestPersistence:
         figure = draw_persistence(ASKED, {"ours": ("*", "#0072B2"), "neg_grad": ("s", "#E69F00")})
         forget, unrelated = figure.axes
         assert list(forget.lines[0].get_ydata()) == pytest.approx([0.05, 0.25, 0.6])
-        assert list(forget.lines[1].get_ydata()) == pytest.approx([0.25, 1.5, 2.0])  # cut off at twice the original
+        assert list(forget.lines[1].get_ydata()) == pytest.approx([0.25, 1.5, 4.5])
         assert list(unrelated.lines[0].get_ydata()) == pytest.approx([0, 0.05, 0.1])
         assert [label.get_text() for label in forget.get_xticklabels()] == ["0", "10", "40"]
 

@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 # Of the measures of a comparison, those that are empty where it was made without persistence.
 PERSISTENCE_MEASURES = ("half_life", "half_life_unrelated", "inversion", "membership")
 # Relearning on images of a class can end with nothing else being drawn, which would flatten the curves to compare.
-_MOST_SHOWN = 2.0
+_MOST_SHOWN = 1.5
 
 
 def of_persistence(record: Record, *path: str) -> Any:
@@ -73,7 +73,7 @@ def persistence_rows(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str
 def draw_persistence(records: Sequence[Record], styles: Mapping[str, tuple[str, str]]) -> Figure:
     """How much of the original count is drawn after training on with images of the class, and with others.
 
-    A line per method, the mean over its runs; steps are as far apart as the counts, not as their numbers.
+    A line per method, the mean over its runs. The steps that were counted at are evenly spaced on the axis.
 
     Args:
         records: of a comparison with persistence.
@@ -85,7 +85,8 @@ def draw_persistence(records: Sequence[Record], styles: Mapping[str, tuple[str, 
         for method, style in styles.items():
             _draw_curve(axes, [record for record in records if record["method"] == method], kind, style)
         axes.axhline(0.5, color=BEFORE, linestyle=":", linewidth=1.4, zorder=1)
-        axes.set_ylim(0, _MOST_SHOWN)
+        axes.text(1.0, 0.51, "half", color=FAINT, fontsize=9, ha="right", transform=axes.get_yaxis_transform())
+        axes.set_ylim(-0.04, _MOST_SHOWN)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel("steps", color=FAINT)
         axes.set_title(title, fontsize=10, loc="left", color=FAINT)
@@ -104,8 +105,8 @@ def _draw_curve(axes: Axes, runs: Sequence[Record], kind: str, style: tuple[str,
     shares = zip(*([count / f["before"] for count in f[kind]["counts"]] for f in found), strict=True)
     (marker, colour), steps = style, found[0]["steps"]
     axes.plot(
-        range(len(steps)), [min(statistics.fmean(share), _MOST_SHOWN) for share in shares],
+        range(len(steps)), [statistics.fmean(share) for share in shares], label=runs[0]["title"],
         color=colour, linewidth=1.5, marker=marker, markersize=13 if marker == "*" else 6,
-        markerfacecolor="none" if "retained" in runs[0]["sees"] else colour, clip_on=False, label=runs[0]["title"],
+        markerfacecolor="none" if "retained" in runs[0]["sees"] else colour,
     )  # fmt: skip
     axes.set_xticks(range(len(steps)), [str(step) for step in steps])
