@@ -394,6 +394,7 @@ class TestCommand:
         assert (tmp_path / "out" / "persistence.png").is_file()
         monkeypatch.setattr(Comparison, "run", None)  # all is finished
         assert compare(forget=label)[0] == 0
+        assert not (tmp_path / "out" / "persistence.png").exists()
         assert compare(forget=label, **asking)[0] == 0
 
     def test_every_method_is_a_default_but_retraining_without_its_recipe(self, model):

@@ -188,8 +188,8 @@ class Comparison:
     def run(self, job: Job) -> dict[str, Any]:
         """Unlearn and measure; the record is written to the run's file.
 
-        Of a run that was evaluated earlier, persistence alone is measured. The model was not kept, but unlearning gives
-        the same one again.
+        Of a run that was evaluated earlier, persistence alone is measured. Its model was not kept; unlearning gives it
+        again, but for rounding where device or threads are others.
         """
         forget, retained = self.train.only(job.label).images, self.train.without(job.label).images
         denoiser, method = self._load(), get_method(job.method)

@@ -259,6 +259,9 @@ def write_comparison(output: Path, records: Sequence[Record]) -> list[Row]:
     write_bytes_atomic(output / "tradeoff.png", png(draw_methods(rows)))
     if of_persistence(records[0]) is not None:
         write_bytes_atomic(output / "persistence.png", png(draw_persistence(records, styles_of(rows))))
+    else:
+        # One left by an earlier comparison would be read as this one's.
+        (output / "persistence.png").unlink(missing_ok=True)
     return rows
 
 
