@@ -24,6 +24,7 @@ from vdu_fast.cli import COMMANDS, main
 from vdu_fast.cli.evaluate import _judged_by_its_filter
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig
+from vdu_fast.persistence import PersistenceConfig
 from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
@@ -130,6 +131,8 @@ class TestSettings:
             ("profile", UnlearnConfig),
             ("sweep", SweepConfig),
             ("evaluate", EvaluationConfig),
+            ("evaluate", PersistenceConfig),
+            ("compare", PersistenceConfig),
         ],
     )
     def test_every_setting_is_a_flag_with_help(self, cli, command, settings):
@@ -257,6 +260,30 @@ class TestCommands:
         judge.seed = 5
         assert not _judged_by_its_filter(judge, unlearned)
         assert not _judged_by_its_filter(judge, {})
+
+    def test_evaluation_asks_whether_it_stays_forgotten(self, cli, model, tmp_path):
+        forget = self.drawn_class(model, tmp_path / "classifier.safetensors")
+        where = [
+            "--before",
+            model,
+            "--after",
+            model,
+            "--data",
+            "digits",
+            "--forget",
+            forget,
+            "--output",
+            tmp_path / "r",
+        ]
+        small = shlex.split("--relearn_steps [0,1] --relearn_samples 24 --inverted_images 4 --membership_timesteps 2")
+        judge = ["--classifier", tmp_path / "classifier.safetensors"]
+        code, out, err = cli(
+            "evaluate", *where, *judge, "--output", tmp_path / "r", *TINY_EVALUATE, "--persistence", *small
+        )
+        assert code == 0, err
+        assert "half is back" in out
+        metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+        assert metrics["persistence"]["relearning"]["forget"]["half_life"] == 0.0
 
     def test_evaluation_writes_the_classifier_it_trained(self, cli, model, tmp_path):
         generator = np.random.default_rng(0)

@@ -27,7 +27,13 @@ from vdu_fast.data import ImageSet
 from vdu_fast.demo import shipped_model
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig
+from vdu_fast.persistence import PersistenceConfig
+from vdu_fast.persistence_report import draw_persistence
 
+PERSISTENCE = PersistenceConfig(
+    relearn_images=2, relearn_steps=(0, 1, 2), relearn_batch_size=4, relearn_samples=20, inverted_images=4,
+    membership_timesteps=2,
+)  # fmt: skip
 CONFIG = EvaluationConfig(samples=24, sampler_steps=3, batch_size=24, loss_images=8, loss_timesteps=2)
 
 
@@ -80,6 +86,18 @@ def record(method: str, label: int, seed: int, pul: float, u_fid: float) -> dict
             "counts": {"samples": 24}, "sampler": {"name": "DDIM", "steps": 3, "seed": 1},
         },
     }  # fmt: skip
+
+
+def persistence(life: float | None, counts: list[int], worst: float = 0.6) -> dict:
+    """What `measure_persistence` finds of a run, as far as the table and the picture ask."""
+    relearned = {"images": 8, "counts": counts, "half_life": life}
+    unrelated = {"images": 8, "counts": [0, 1, 2], "half_life": None}
+    return {
+        "settings": {"relearn_learning_rate": 1e-4, "membership_timesteps": 20},
+        "relearning": {"samples": 200, "before": 20, "steps": [0, 10, 40], "forget": relearned, "unrelated": unrelated},
+        "inversion": {"images": 50, "steps": 3, "before": 0.98, "after": 0.25},
+        "membership": {"before": {"worst": 0.7}, "after": {"worst": worst}, "spread": 0.05},
+    }
 
 
 RECORDS = [
@@ -137,6 +155,39 @@ class TestRuns:
         monkeypatch.setattr("vdu_fast.comparison.sample_images", None)
         run_all(replace(comparison), plan(["neg_grad"], [label], 2))
         assert len(list((comparison.output / "shared").iterdir())) == 2
+
+    def test_persistence_is_asked_of_what_was_evaluated_before(self, comparison, monkeypatch):
+        jobs = plan(["neg_grad"], [drawn(comparison)], 1)
+        (evaluated,) = run_all(comparison, jobs)
+        asking = replace(comparison, persistence=PERSISTENCE)
+        with monkeypatch.context() as patch:
+            patch.setattr("vdu_fast.comparison.evaluate", None)
+            (asked,) = run_all(asking, jobs)
+        assert {name: part for name, part in asked.items() if name != "persistence"} == evaluated
+        assert set(asked["persistence"]) >= {"relearning", "inversion", "errors", "membership"}
+        made = counting(monkeypatch)
+        assert run_all(asking, jobs) == [asked]
+        assert run_all(comparison, jobs) == [evaluated]  # without the question there is no answer
+        assert not made
+        other = replace(PERSISTENCE, relearn_steps=(0, 1))
+        (longer,) = run_all(replace(comparison, persistence=other), jobs)
+        assert made == jobs
+        assert longer["persistence"]["relearning"]["steps"] == [0, 1]
+
+    def test_an_evaluation_survives_a_stop_in_the_middle_of_persistence(self, comparison, monkeypatch):
+        jobs = plan(["neg_grad"], [drawn(comparison)], 1)
+        asking = replace(comparison, persistence=PERSISTENCE)
+
+        def stop(*models, **how):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vdu_fast.comparison.measure_persistence", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run_all(asking, jobs)
+        monkeypatch.setattr("vdu_fast.comparison.evaluate", None)
+        (record,) = run_all(asking, jobs)
+        assert record["persistence"]["settings"]["relearn_samples"] == PERSISTENCE.relearn_samples
 
     @pytest.mark.slow
     def test_processes_find_the_same(self, comparison):
@@ -244,6 +295,47 @@ class TestTable:
         assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
 
+ASKED = [
+    RECORDS[0] | {"persistence": persistence(12.0, [2, 8, 20])},
+    RECORDS[1] | {"persistence": persistence(None, [0, 2, 4])},
+    RECORDS[6] | {"persistence": persistence(3.0, [5, 30, 90], 0.8)},
+]
+
+
+class TestPersistence:
+    def test_a_half_life_beyond_the_steps_counts_as_all_of_them(self):
+        rows = {row.method: row for row in summarize(ASKED)}
+        assert rows["ours"].means["half_life"].value == pytest.approx((12 + 40) / 2)
+        assert rows["ours"].means["half_life_unrelated"].value == 40
+        assert rows["neg_grad"].means["membership"].value == pytest.approx(0.8)
+        assert rows["before"].means["inversion"].value == pytest.approx(0.98)
+        assert rows["before"].means["membership"].value == pytest.approx(0.7)
+        assert rows["before"].means["half_life"] is None
+        assert rows["oracle"].means["inversion"] is None
+
+    def test_columns_are_there_when_they_were_asked_for(self):
+        text = table_markdown(summarize(ASKED), ASKED)
+        assert "| half back after | by itself after | from its noise | membership |" in text
+        assert "Adam (0.0001) on 8 images of the class" in text
+        assert "40 stands for that many or more" in text
+        assert "half back after" not in table_markdown(summarize(RECORDS), RECORDS)
+        lines = list(csv.DictReader(io.StringIO(table_csv(summarize(ASKED)))))
+        assert float(lines[1]["half_life_mean"]) == 3
+        assert float(lines[1]["inversion_mean"]) == 0.25
+
+    def test_the_curves_are_means_over_the_runs(self):
+        figure = draw_persistence(ASKED, {"ours": ("*", "#0072B2"), "neg_grad": ("s", "#E69F00")})
+        forget, unrelated = figure.axes
+        assert list(forget.lines[0].get_ydata()) == pytest.approx([0.05, 0.25, 0.6])
+        assert list(forget.lines[1].get_ydata()) == pytest.approx([0.25, 1.5, 4.5])
+        assert list(unrelated.lines[0].get_ydata()) == pytest.approx([0, 0.05, 0.1])
+        assert [label.get_text() for label in forget.get_xticklabels()] == ["0", "10", "40"]
+
+    def test_the_picture_is_written_beside_the_others(self, tmp_path):
+        write_comparison(tmp_path, ASKED)
+        assert (tmp_path / "persistence.png").read_bytes().startswith(b"\x89PNG")
+
+
 class TestCommand:
     @pytest.fixture
     def compare(self, model, tmp_path, capsys):
@@ -274,6 +366,9 @@ class TestCommand:
             ({"data": "digits", "forget": "0,eleven"}, "eleven"),
             ({"data": "digits", "methods": "retrain"}, "--methods: retrain needs the pretrain.json"),
             ({"samples": 1}, "samples: got 1"),
+            ({"persistence": "true", "relearn_steps": "[5,10]"}, "relearn_steps: got [5, 10]; accepted are 0 and then"),
+            ({"persistence": "true", "relearn_steps": "soon"}, "--relearn_steps"),
+            ({"persistence": "maybe"}, "--persistence"),
         ],
     )
     def test_bad_input_is_named_by_its_flag(self, compare, changes, message):
@@ -291,8 +386,16 @@ class TestCommand:
         assert code == 0, error
         assert "NegGrad" in out
         assert (tmp_path / "out" / "table.csv").is_file()
+        assert not (tmp_path / "out" / "persistence.png").exists()
+        asking = {"persistence": "true", "relearn_steps": "[0,1]", "relearn_samples": 20, "inverted_images": 4}
+        code, out, error = compare(forget=label, threads=1, **asking)
+        assert code == 0, error
+        assert "half back after" in out
+        assert (tmp_path / "out" / "persistence.png").is_file()
         monkeypatch.setattr(Comparison, "run", None)  # all is finished
         assert compare(forget=label)[0] == 0
+        assert not (tmp_path / "out" / "persistence.png").exists()
+        assert compare(forget=label, **asking)[0] == 0
 
     def test_every_method_is_a_default_but_retraining_without_its_recipe(self, model):
         assert _methods("all", model) == [name for name in METHOD_NAMES if name != "retrain"]

@@ -30,6 +30,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig, evaluate, percentage_unlearned
+from vdu_fast.persistence import PersistenceConfig, check_count, measure_persistence
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
@@ -65,6 +66,7 @@ class Comparison:
         config: how results are measured.
         settings: of methods, by name, in the place of their defaults.
         device: where models run; "auto" takes CUDA where there is one.
+        persistence: asks every run whether the class stays forgotten, too; None does not.
     """
 
     model: Path
@@ -75,6 +77,7 @@ class Comparison:
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
+    persistence: PersistenceConfig | None = None
 
     @cached_property
     def original(self) -> Denoiser:
@@ -138,6 +141,13 @@ class Comparison:
 
     def finished(self, job: Job) -> dict[str, Any] | None:
         """The record of a run that was made under the settings of now, or None."""
+        record = self._evaluated(job)
+        if record is None or self.persistence is None:
+            return record and {name: part for name, part in record.items() if name != "persistence"}
+        return record if record.get("persistence", {}).get("settings") == plain(self.persistence) else None
+
+    def _evaluated(self, job: Job) -> dict[str, Any] | None:
+        """The record of a run of which unlearning and evaluation, at least, were made under the settings of now."""
         path = self.path(job)
         if not path.is_file():
             return None
@@ -168,15 +178,22 @@ class Comparison:
 
     def check_drawn(self, label: int) -> None:
         """InputError where the original model does not draw the class: asked before anything is unlearned."""
-        _, labels = self.classifier.embed_and_classify(self.original_samples[: self.config.samples])
-        drawn = int((labels == label).sum())
-        percentage_unlearned(drawn, 0, samples=len(labels), class_name=self.train.class_names[label])
+        name, samples = self.train.class_names[label], self.config.samples
+        drawn = self.classifier.embed_and_classify(self.original_samples)[1] == label
+        percentage_unlearned(int(drawn[:samples].sum()), 0, samples=samples, class_name=name)
+        if self.persistence is not None:
+            samples = self.persistence.relearn_samples
+            check_count(int(drawn[:samples].sum()), samples=samples, class_name=name)
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Unlearn and evaluate, whether it was done before or not; the record is written to the run's file."""
+        """Unlearn and measure; the record is written to the run's file.
+
+        Of a run that was evaluated earlier, persistence alone is measured. Its model was not kept; unlearning gives it
+        again, but for rounding where device or threads are others.
+        """
         forget, retained = self.train.only(job.label).images, self.train.without(job.label).images
         denoiser, method = self._load(), get_method(job.method)
-        record = run_method(
+        spent = run_method(
             method,
             denoiser,
             MethodInputs(forget, retained, self.weights, self.pretraining),
@@ -184,17 +201,31 @@ class Comparison:
             seed=job.seed,
             settings=self.settings_of(job.method),
         )
-        metrics = evaluate(
-            self.original,
-            denoiser,
-            train=self.train,
-            heldout=self.heldout,
-            forget=job.label,
-            config=self.config,
-            classifier=self.classifier,
-            original_samples=self.original_samples,
-        ).metrics
-        record |= {
+        record = self._evaluated(job) if self.persistence is not None else None
+        record = record or self._evaluate(job, denoiser, spent)
+        if self.persistence is not None:
+            how = self._measured_on(job)
+            answers = measure_persistence(self.original, denoiser, persistence=self.persistence, **how)
+            record["persistence"] = plain(answers)
+            write_json_atomic(self.path(job), record)
+        return record
+
+    def _measured_on(self, job: Job) -> dict[str, Any]:
+        """What all measurements of a run share."""
+        return {
+            "train": self.train,
+            "heldout": self.heldout,
+            "forget": job.label,
+            "config": self.config,
+            "classifier": self.classifier,
+            "original_samples": self.original_samples,
+        }
+
+    def _evaluate(self, job: Job, denoiser: Denoiser, spent: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of a run without persistence, written to the run's file."""
+        metrics = evaluate(self.original, denoiser, **self._measured_on(job)).metrics
+        record = {
+            **spent,
             "key": self.key(job),
             "label": job.label,
             "class": self.train.class_names[job.label],

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from vdu_fast.checkpoint import write_bytes_atomic
 from vdu_fast.figures import AFTER, BEFORE, FAINT, FLOOR, INK, ORACLE, new_figure, png, tidy
+from vdu_fast.persistence_report import (
+    PERSISTENCE_MEASURES,
+    describe_columns,
+    draw_persistence,
+    half_life_or_limit,
+    of_persistence,
+)
 from vdu_fast.report import digits
 
 if TYPE_CHECKING:
@@ -36,6 +43,10 @@ MEASURES: dict[str, Callable[[Record], float | None]] = {
     "least_kept": lambda r: r["metrics"]["shares"].get("kept_ratio_min"),
     "forget_loss_ratio": lambda r: r["metrics"].get("forget_loss", {}).get("ratio"),
     "retained_loss_ratio": lambda r: r["metrics"].get("retained_loss", {}).get("ratio"),
+    "half_life": lambda r: half_life_or_limit(r, "forget"),
+    "half_life_unrelated": lambda r: half_life_or_limit(r, "unrelated"),
+    "inversion": lambda r: of_persistence(r, "inversion", "after"),
+    "membership": lambda r: of_persistence(r, "membership", "after", "worst"),
     "evaluations": lambda r: r["evaluations"],
     "seconds": lambda r: r["seconds"],
 }
@@ -118,6 +129,8 @@ def _reference(title: str, side: str, records: Sequence[Record]) -> Row:
     }
     if side == "before":
         means["pul"] = Mean(0.0, None)
+        means["inversion"] = _mean(one_per_class, lambda r: of_persistence(r, "inversion", "before"))
+        means["membership"] = _mean(one_per_class, lambda r: of_persistence(r, "membership", "before", "worst"))
     return Row(side, title, "", len(one_per_class), {name: means.get(name) for name in MEASURES}, {})
 
 
@@ -184,6 +197,10 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "least_kept": ("least kept", lambda mean: ".0%"),
     "forget_loss_ratio": ("forget loss x", lambda mean: ".1f" if mean >= 10 else ".2f"),
     "retained_loss_ratio": ("retained loss x", lambda mean: ".1f" if mean >= 10 else ".2f"),
+    "half_life": ("half back after", lambda mean: ".0f"),
+    "half_life_unrelated": ("by itself after", lambda mean: ".0f"),
+    "inversion": ("from its noise", lambda mean: ".0%"),
+    "membership": ("membership", lambda mean: ".2f"),
     "evaluations": ("evaluations", lambda mean: ",.0f"),
     "seconds": ("seconds", lambda mean: ".0f"),
 }
@@ -200,14 +217,17 @@ def table_markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
         f"{metrics['sampler']['name']}, seed {metrics['sampler']['seed']}. Mean ± standard error over classes and "
         "seeds."
     )
-    names = ["method", "sees", *(title for title, _ in _COLUMNS.values()), "p (PUL)", "p (u-FID)"]
+    asked = of_persistence(records[0]) is not None
+    columns = {name: column for name, column in _COLUMNS.items() if asked or name not in PERSISTENCE_MEASURES}
+    names = ["method", "sees", *(title for title, _ in columns.values()), "p (PUL)", "p (u-FID)"]
     lines = [head, "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = [_cell(row.means[measure], form) for measure, (_, form) in _COLUMNS.items()]
+        cells = [_cell(row.means[measure], form) for measure, (_, form) in columns.items()]
         p_values = ["" if (p := row.p_values.get(m)) is None else f"{p:.2g}" for m in TESTED]
         title = f"**{row.title}**" if row.method == OURS else row.title
         lines.append(f"| {' | '.join([title, row.sees, *cells, *p_values])} |")
-    return "\n".join([*lines, "", _LEGEND, ""])
+    legend = [_LEGEND, "", describe_columns(records[0])] if asked else [_LEGEND]
+    return "\n".join([*lines, "", *legend, ""])
 
 
 _LEGEND = (
@@ -228,11 +248,20 @@ def _cell(mean: Mean | None, form: Callable[[float], str]) -> str:
 
 
 def write_comparison(output: Path, records: Sequence[Record]) -> list[Row]:
-    """Write table.csv, table.md and tradeoff.png, each atomically; returns the rows of the table."""
+    """Write table.csv, table.md and tradeoff.png, and persistence.png where it was asked for, each atomically.
+
+    Returns:
+        The rows of the table.
+    """
     rows = summarize(records)
     write_bytes_atomic(output / "table.csv", table_csv(rows).encode())
     write_bytes_atomic(output / "table.md", table_markdown(rows, records).encode())
     write_bytes_atomic(output / "tradeoff.png", png(draw_methods(rows)))
+    if of_persistence(records[0]) is not None:
+        write_bytes_atomic(output / "persistence.png", png(draw_persistence(records, styles_of(rows))))
+    else:
+        # One left by an earlier comparison would be read as this one's.
+        (output / "persistence.png").unlink(missing_ok=True)
     return rows
 
 
@@ -253,8 +282,9 @@ def draw_methods(rows: Sequence[Row]) -> Figure:
     figure = new_figure(9.2, 5.0, layout="constrained")
     axes = figure.add_subplot()
     methods = [row for row in rows if row.sees and row.means["pul"] and row.means["u_fid"]]
-    for row, style in zip(methods, itertools.cycle(_STYLES)):
-        _draw_method(axes, row, style)
+    styles = styles_of(rows)
+    for row in methods:
+        _draw_method(axes, row, styles[row.method])
     named = {row.method: row for row in rows}
     for side, title, colour, dashes in _LINES:
         if (mean := named[side].means["u_fid"]) is not None:
@@ -273,15 +303,19 @@ def draw_methods(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def styles_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Marker and colour of every method, the same in all pictures of one comparison."""
+    styles = dict(zip([row.method for row in rows if row.sees], itertools.cycle(_STYLES)))
+    return {name: {OURS: ("*", AFTER), "retrain": ("o", INK)}.get(name, style) for name, style in styles.items()}
+
+
 def _draw_method(axes: Axes, row: Row, style: tuple[str, str]) -> None:
     pul, u_fid = row.means["pul"], row.means["u_fid"]
     assert pul is not None
     assert u_fid is not None
-    (marker, colour), size, order = style, 7.0, 4
-    if row.method == OURS:  # large, and behind those that come as close
-        marker, colour, size, order = "*", AFTER, 18.0, 3
-    elif row.method == "retrain":
-        marker, colour = "o", INK
+    marker, colour = style
+    # Ours is large, and behind those that come as close.
+    size, order = (18.0, 3) if row.method == OURS else (7.0, 4)
     axes.errorbar(
         pul.value, u_fid.value, xerr=pul.error, yerr=u_fid.error, fmt=marker, color=colour, markersize=size,
         markerfacecolor="none" if "retained" in row.sees else colour, markeredgewidth=1.5, elinewidth=1.0, capsize=2,

@@ -37,6 +37,7 @@ from vdu_fast.distances import LEAST_IMAGES, NearestNeighbours, kernel_distance,
 from vdu_fast.errors import InputError, check_choices
 from vdu_fast.execution import CompileMode, Execution, Precision
 from vdu_fast.pipelines import Denoiser
+from vdu_fast.prediction_errors import even_timesteps, noise_prediction_errors
 from vdu_fast.sampling import sample_images
 
 # Called with (what is being done, how much of it is done, how much there is).
@@ -137,31 +138,6 @@ def percentage_unlearned(before: int, after: int, *, samples: int, class_name: s
     return 100.0 * (before - after) / before
 
 
-def noise_prediction_error(
-    denoiser: Denoiser, images: Tensor, *, timesteps: Tensor, seed: int, batch_size: int = 250
-) -> float:
-    """Mean squared error of the network over every image at every timestep, on noise fixed by the seed.
-
-    Args:
-        images: float32 [N, C, H, W] in [-1, 1].
-        timesteps: schedule indices, int64 [K].
-
-    Returns:
-        Mean of (prediction - target)^2 over N, K, C, H and W; the target is the model's own kind (eps, x_0, v, ...).
-    """
-    total = 0.0
-    with denoiser.evaluating():
-        for index, timestep in enumerate(timesteps.tolist()):
-            eps = rng.standard_normal(images.shape, seed, index, stream=rng.Stream.PROBE)
-            for x0, noise in zip(images.split(batch_size), eps.split(batch_size), strict=True):
-                x0, noise = (part.to(denoiser.device, denoiser.dtype) for part in (x0, noise))
-                t = torch.full((len(x0),), timestep, dtype=torch.int64, device=denoiser.device)
-                prediction = denoiser.predict(denoiser.schedule.add_noise(x0, noise, t), t)
-                error = prediction.double() - denoiser.schedule.target(x0, noise, t).double()
-                total += float(error.square().sum())
-    return total / (images.numel() * len(timesteps))
-
-
 def evaluate(
     before: Denoiser,
     after: Denoiser,
@@ -232,7 +208,7 @@ def _check(before: Denoiser, after: Denoiser, train: ImageSet, heldout: ImageSet
             )
 
 
-def _subset(images: Tensor, count: int, seed: int) -> Tensor:
+def fixed_subset(images: Tensor, count: int, seed: int) -> Tensor:
     """A fixed random choice of at most `count` images."""
     if len(images) <= count:
         return images
@@ -332,8 +308,8 @@ class _Comparison:
         config, classifier = self.config, self.classifier
         assert self.train.labels is not None
         assert self.heldout.labels is not None
-        real = _subset(self.train.images[self.train.labels != self.forget], config.max_real, config.seed)
-        unseen = _subset(self.heldout.images[self.heldout.labels != self.forget], config.samples, config.seed)
+        real = fixed_subset(self.train.images[self.train.labels != self.forget], config.max_real, config.seed)
+        unseen = fixed_subset(self.heldout.images[self.heldout.labels != self.forget], config.samples, config.seed)
         reference, _ = classifier.embed_and_classify(real)
         floor, _ = classifier.embed_and_classify(unseen)
         oracle, extra = self.oracle(original)
@@ -403,20 +379,17 @@ class _Comparison:
         assert self.heldout.labels is not None
         config, forgotten = self.config, self.heldout.labels == self.forget
         sets = {"forget_loss": self.heldout.images[forgotten], "retained_loss": self.heldout.images[~forgotten]}
-        middles = (torch.arange(config.loss_timesteps, dtype=torch.float64) + 0.5) / config.loss_timesteps
-        timesteps = torch.unique((middles * len(self.before.schedule)).long())
+        timesteps = even_timesteps(config.loss_timesteps, len(self.before.schedule))
+        how: dict[str, Any] = {"timesteps": timesteps, "seed": config.seed, "batch_size": config.batch_size}
         losses: dict[str, Any] = {}
         for done, (name, images) in enumerate(sets.items()):
             self.report("losses", done, len(sets))
             if len(images) == 0:
                 self.omitted[name] = "no held-out image of that kind"
                 continue
-            images = _subset(images, config.loss_images, config.seed)
+            images = fixed_subset(images, config.loss_images, config.seed)
             values = [
-                noise_prediction_error(
-                    model, images, timesteps=timesteps, seed=config.seed, batch_size=config.batch_size
-                )
-                for model in (self.before, self.after)
+                float(noise_prediction_errors(model, images, **how).mean()) for model in (self.before, self.after)
             ]
             if not all(math.isfinite(value) for value in values):
                 self.omitted[name] = "the network's prediction is not finite on these images"

@@ -19,6 +19,7 @@ from torch import Tensor
 from vdu_fast.checkpoint import write_bytes_atomic, write_json_atomic
 from vdu_fast.evaluation import Evaluation
 from vdu_fast.figures import AFTER, BEFORE, FAINT, FLOOR, FORGOTTEN, INK, ORACLE, new_figure, png, tidy
+from vdu_fast.persistence_report import persistence_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -356,6 +357,8 @@ def print_summary(metrics: Mapping[str, Any], console: Console) -> None:
     for key, label in (("forget_loss", "forget loss"), ("retained_loss", "retained loss")):
         if key in metrics:
             row(label, f"{metrics[key]['after']:.4f}", f"before {metrics[key]['before']:.4f}")
+    for measure, value, beside in persistence_rows(metrics.get("persistence")):
+        row(measure, value, beside)
     if "accuracy" in metrics["classifier"]:
         row("classifier", f"{metrics['classifier']['accuracy']:.1%}", "right on held-out images")
     sampler = metrics["sampler"]

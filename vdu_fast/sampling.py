@@ -91,22 +91,46 @@ def sample_images(
             offset = (first + start) * numel
             x_t = standard_normal((drawn, *denoiser.sample_shape), seed, stream=stream, offset=offset)
             x_t = x_t.to(denoiser.device, denoiser.dtype)
-            x_0 = _denoise(denoiser, sampler_for(denoiser, steps), x_t, rows, observer)[: rows.stop - start]
-            images[rows] = x_0.float().cpu().clamp_(-1, 1)
+            images[rows] = _denoise(denoiser, steps, x_t, rows, observer)[: rows.stop - start]
             if progress is not None:
                 progress(rows.stop - start)
     return images
 
 
-def _denoise(denoiser: Denoiser, sampler: Any, x_t: Tensor, rows: slice, observer: StepObserver | None) -> Tensor:
-    flow = denoiser.schedule.prediction_type == "velocity"
+def decode_noise(denoiser: Denoiser, noise: Tensor, *, steps: int = 50, batch_size: int = 250) -> Tensor:
+    """The images that given starting noise leads to, by the sampler of `sample_images`.
+
+    Args:
+        noise: x_T, float [N, C, H, W], on any device.
+        steps: network evaluations per image.
+        batch_size: images per network call.
+
+    Returns:
+        float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
+    """
+    images = torch.empty(noise.shape)
+    with denoiser.evaluating():
+        for start in range(0, len(noise), batch_size):
+            rows = slice(start, min(start + batch_size, len(noise)))
+            images[rows] = _denoise(denoiser, steps, noise[rows].to(denoiser.device, denoiser.dtype), rows, None)
+    return images
+
+
+def schedule_index(denoiser: Denoiser, timestep: Tensor) -> Tensor:
+    """The schedule index of a sampler's timestep, int64; under flow matching it is a position between two of them."""
+    if denoiser.schedule.prediction_type != "velocity":
+        return timestep
+    # A shift below 1 crowds the last steps at the clean end, where a timestep may round to 0: before the first.
+    return (timestep.round().long() - 1).clamp(min=0)
+
+
+def _denoise(denoiser: Denoiser, steps: int, x_t: Tensor, rows: slice, observer: StepObserver | None) -> Tensor:
+    sampler = sampler_for(denoiser, steps)
     for timestep in sampler.timesteps:
-        # A shift below 1 crowds the last steps at the clean end, where a timestep may round to 0: before the first.
-        index = (timestep.round().long() - 1).clamp(min=0) if flow else timestep
-        timesteps = index.to(x_t.device).expand(len(x_t))
+        timesteps = schedule_index(denoiser, timestep).to(x_t.device).expand(len(x_t))
         prediction = denoiser.predict(x_t, timesteps, repeated=True)
         if observer is not None:
             kept = rows.stop - rows.start
             observer(rows, timesteps[:kept], x_t[:kept], prediction[:kept])
         x_t = sampler.step(prediction, timestep, x_t).prev_sample
-    return x_t
+    return x_t.float().cpu().clamp_(-1, 1)

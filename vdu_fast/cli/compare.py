@@ -16,6 +16,7 @@ from vdu_fast.comparison_report import write_comparison
 from vdu_fast.demo import shipped_model
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig
+from vdu_fast.persistence import PersistenceConfig
 
 
 @dataclass
@@ -25,7 +26,7 @@ class CompareOptions:
     Args:
         data: labelled real pictures, all classes: "digits", a folder of class sub-folders, an IDX folder or an .npz.
         forget: names or numbers of the classes to forget, each in runs of its own, with commas between.
-        output: folder for runs/, table.csv, table.md and tradeoff.png; runs in it that are finished are not made again.
+        output: folder for runs/, table.csv, table.md and pictures; runs in it that are finished are not made again.
         model: pipeline folder of the trained model; for the digits the one that comes with the package.
         posterior: posterior file; null is the posterior.safetensors in the model's folder.
         methods: names of the methods, with commas between, or "all".
@@ -34,6 +35,8 @@ class CompareOptions:
         device: where the models run; "auto" takes CUDA where there is one.
         resize: bring every picture to N x N pixels first.
         image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
+        persistence: also measure whether the class stays forgotten; runs that are finished without it are unlearned
+            again, and not evaluated again.
     """
 
     data: str
@@ -47,6 +50,7 @@ class CompareOptions:
     device: str = "auto"
     resize: int | None = None
     image_channels: int | None = None
+    persistence: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
@@ -59,6 +63,7 @@ def build_parser() -> CommandParser:
     names = {"data": "DATA", "forget": "CLASS,...", "model": "DIR", "posterior": "FILE", "output": "DIR"}
     parser.add_settings(CompareOptions, "what is compared", methods="NAME,...", **names)
     parser.add_settings(EvaluationConfig, "how it is measured")
+    parser.add_settings(PersistenceConfig, "whether it stays forgotten (--persistence)")
     parser.add_settings(CommonOptions, "how it runs")
     parser.set_usage()
     return parser
@@ -66,6 +71,7 @@ def build_parser() -> CommandParser:
 
 def run(arguments: Namespace, command: list[str]) -> int:
     options, config = take(CompareOptions, arguments), take(EvaluationConfig, arguments)
+    persistence = take(PersistenceConfig, arguments) if options.persistence else None
     model, posterior = _model(options)
     methods = _methods(options.methods, model)
     output = Path(options.output)
@@ -79,7 +85,9 @@ def run(arguments: Namespace, command: list[str]) -> int:
             labels = [train.class_index(name) for name in _names(options.forget, "forget")]
             jobs = plan(methods, labels, options.seeds)
             display.say(f"{len(jobs)} runs: {', '.join(methods)}")
-            comparison = Comparison(model, posterior, train, heldout, output, config, device=options.device)
+            comparison = Comparison(
+                model, posterior, train, heldout, output, config, device=options.device, persistence=persistence
+            )
             records = run_all(
                 comparison,
                 jobs,
@@ -91,7 +99,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
         return 130
     write_comparison(output, records)
     print((output / "table.md").read_text())
-    print(f"Wrote table.csv, table.md and tradeoff.png to {output}.")
+    print(f"Wrote the table and the pictures to {output}.")
     return 0
 
 

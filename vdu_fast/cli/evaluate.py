@@ -18,6 +18,7 @@ from vdu_fast.cli.runtime import load_data, running
 from vdu_fast.drawn import load_samples, save_samples
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import Evaluation, EvaluationConfig, evaluate
+from vdu_fast.persistence import PersistenceConfig, measure_persistence
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.progress import ProgressDisplay
 from vdu_fast.report import print_summary, write_report
@@ -40,6 +41,7 @@ class EvaluateFiles:
         overwrite: accept an output folder that is not empty.
         resize: bring every picture to N x N pixels first.
         image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
+        persistence: also measure whether the class stays forgotten, for metrics.json and the summary.
     """
 
     before: str
@@ -53,6 +55,7 @@ class EvaluateFiles:
     overwrite: bool = False
     resize: int | None = None
     image_channels: int | None = None
+    persistence: bool = False
 
 
 def build_parser() -> CommandParser:
@@ -63,6 +66,7 @@ def build_parser() -> CommandParser:
     names["original_samples"] = "FILE"
     parser.add_settings(EvaluateFiles, "input and output", **names)
     parser.add_settings(EvaluationConfig, "how it is measured")
+    parser.add_settings(PersistenceConfig, "whether it stays forgotten (--persistence)")
     parser.add_settings(CommonOptions, "how it runs")
     parser.set_usage()
     return parser
@@ -70,6 +74,7 @@ def build_parser() -> CommandParser:
 
 def run(arguments: Namespace, command: list[str]) -> int:
     files, config = take(EvaluateFiles, arguments), take(EvaluationConfig, arguments)
+    persistence = take(PersistenceConfig, arguments) if files.persistence else None
     began = time.perf_counter()
     for flag in ("classifier", "original_samples"):
         if (file := getattr(files, flag)) is not None and Path(file).is_dir():
@@ -83,7 +88,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
             _model(path, flag, files.device) for path, flag in ((files.before, "before"), (files.after, "after"))
         )
         unlearned = read_unlearning(Path(files.after), after, display)
-        evaluation = _evaluate(files, config, before, after, display)
+        evaluation = _evaluate(files, config, persistence, before, after, display)
         if _judged_by_its_filter(evaluation.classifier, unlearned):
             evaluation.metrics["classifier"]["took_part"] = True
             evaluation.metrics["warnings"].append(
@@ -111,7 +116,12 @@ def _model(path: str, flag: str, device: str) -> Denoiser:
 
 
 def _evaluate(
-    files: EvaluateFiles, config: EvaluationConfig, before: Denoiser, after: Denoiser, display: ProgressDisplay
+    files: EvaluateFiles,
+    config: EvaluationConfig,
+    persistence: PersistenceConfig | None,
+    before: Denoiser,
+    after: Denoiser,
+    display: ProgressDisplay,
 ) -> Evaluation:
     how = {"resize": files.resize, "channels": files.image_channels}
     train = load_data(files.data, split="train", **how)  # type: ignore[arg-type]
@@ -119,21 +129,33 @@ def _evaluate(
     path = Path(files.classifier) if files.classifier is not None else None
     known = path is not None and path.is_file()
     drawn = Path(files.original_samples) if files.original_samples is not None else None
+    shared: dict[str, Any] = {
+        "train": train,
+        "heldout": heldout,
+        "forget": train.class_index(files.forget),
+        "config": config,
+        "progress": display.update,
+    }
     evaluation = evaluate(
         before,
         after,
-        train=train,
-        heldout=heldout,
-        forget=train.class_index(files.forget),
-        config=config,
+        **shared,
         classifier=ImageClassifier.load(path) if path is not None and known else None,
         original_samples=load_samples(drawn, before, config) if drawn is not None and drawn.is_file() else None,
-        progress=display.update,
     )
     if path is not None and not known:
         evaluation.classifier.save(path)
     if drawn is not None:
         save_samples(drawn, evaluation.original_samples, before, config)
+    if persistence is not None:
+        evaluation.metrics["persistence"] = measure_persistence(
+            before,
+            after,
+            **shared,
+            classifier=evaluation.classifier,
+            persistence=persistence,
+            original_samples=evaluation.original_samples,
+        )
     return evaluation
 
 
