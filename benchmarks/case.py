@@ -52,6 +52,7 @@ class Case:
             roofline.
         budget: on the device that the question was made for.
         repeats: rounds.
+        per_backend: on a GPU, time the first of ours under every backend; False times all of ours, as a user would.
         columns: what else is known of an implementation, by its name: columns of its line.
     """
 
@@ -63,6 +64,7 @@ class Case:
     operations: int = 0
     budget: Budget = field(default_factory=Budget)
     repeats: int = 7
+    per_backend: bool = True
     columns: dict[str, Line] = field(default_factory=dict)
 
 

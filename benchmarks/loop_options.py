@@ -1,6 +1,7 @@
 """Do the ways to run the network change what is forgotten and what is kept? Only their speed should differ.
 
-Runs the demo of some digits under every option and writes benchmarks/results/loop_options.csv: PUL, u-FID and seconds.
+Runs the demo of some digits under every option and writes benchmarks/results/loop_options.csv: PUL and u-FID. Their speed is a
+question of benchmarks/cases/loop_options.py.
 The float32 row of a digit is what its others are compared with. Finished runs in the folder are kept.
 """
 
@@ -45,11 +46,10 @@ def main() -> None:
         for name, changes in OPTIONS.items():
             folder = arguments.folder / f"{digit}-{name.replace(', ', '-')}"
             metrics = measured(digit, changes, folder)
-            u_fid, seconds = metrics["u_fid"], metrics["seconds"]
+            u_fid = metrics["u_fid"]
             rows.append({
                 "digit": digit, "option": name, "pul": round(metrics["pul"], 1), "u_fid": round(u_fid["after"], 3),
-                "u_fid_oracle": round(u_fid["oracle"], 3), "seconds_bank": round(seconds["bank"], 1),
-                "seconds_steps": round(seconds["steps"], 1), "samples": SAMPLES,
+                "u_fid_oracle": round(u_fid["oracle"], 3), "samples": SAMPLES,
                 "threads": torch.get_num_threads(), "torch": torch.__version__,
                 "date": datetime.date.today().isoformat(),
             })  # fmt: skip

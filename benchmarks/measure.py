@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
@@ -46,6 +48,15 @@ def seconds_on_gpu(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def seconds_in_all(call: Callable[[], object]) -> float:
+    """What one call takes that waits for the device in between: host and device together."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def measure(case: Case, device: torch.device, *, copied: int = COPIED) -> tuple[Times, dict[str, str]]:
     """Seconds of every call and of a copy of `copied` float32 numbers, in `case.repeats` rounds after a warm-up.
 
@@ -53,37 +64,41 @@ def measure(case: Case, device: torch.device, *, copied: int = COPIED) -> tuple[
         The times by name, and why a baseline is not among them, by name: compilers may fail in any way. A failure of
         ours is raised.
     """
-    clock = seconds_on_gpu if device.type == "cuda" else seconds_on_cpu
     source, target = (torch.zeros(copied, device=device) for _ in range(2))
     source.normal_()
-    ours = _under_every_backend(case.ours) if device.type == "cuda" else case.ours
-    calls: Calls = {**case.baselines, **ours, COPY: lambda: target.copy_(source)}
+    on_gpu = device.type == "cuda"
+    clock = seconds_on_gpu if on_gpu and case.per_backend else seconds_in_all if on_gpu else seconds_on_cpu
+    ours = _under_every_backend(case.ours) if on_gpu and case.per_backend else _as_it_is(case.ours)
+    timed = {**_as_it_is(case.baselines), **ours, **_as_it_is({COPY: lambda: target.copy_(source)})}
     failed: dict[str, str] = {}
-    for name, call in list(calls.items()):
+    for name, (backend, call) in list(timed.items()):
         try:
-            for _ in range(3 if device.type == "cuda" else 1):
-                clock(call)
+            with backend():
+                for _ in range(3 if on_gpu else 1):
+                    clock(call)
         except Exception as error:
             if name not in case.baselines:
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-            del calls[name]
-    times: Times = {name: [] for name in calls}
+            del timed[name]
+    times: Times = {name: [] for name in timed}
     for _ in range(case.repeats):
-        for name, call in calls.items():
-            times[name].append(clock(call))
+        for name, (backend, call) in timed.items():
+            with backend():  # outside of what is timed
+                times[name].append(clock(call))
     return times, failed
 
 
-def _under_every_backend(calls: Calls) -> Calls:
-    """The first of ours, under every backend that the GPU has."""
+# A context to be in, and what is timed in it.
+_Timed = dict[str, tuple[Callable[[], AbstractContextManager[object]], Callable[[], object]]]
 
-    def under(backend: str, call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with _native.use_backend(backend):
-                call()
 
-        return run
+def _as_it_is(calls: Calls) -> _Timed:
+    return {name: (nullcontext, call) for name, call in calls.items()}
 
+
+def _under_every_backend(calls: Calls) -> _Timed:
+    """The first of ours, under every backend that the GPU has; the reference where it has none."""
     first = next(iter(calls.values()))
-    return {name: under(name, first) for name in GPU_BACKENDS if _native.ABSENCES[name] is None}
+    here = [name for name in GPU_BACKENDS if _native.ABSENCES[name] is None]
+    return {name: (partial(_native.use_backend, name), first) for name in here} or _as_it_is(calls)

@@ -58,7 +58,12 @@ def write_roofline(path: Path, lines: Iterable[Line], peak: float, title: str) -
         # That of its own rounds: the memory of a shared machine is not equally fast all day.
         roof = min(x * line["copy_gb_per_second"], peak / 1e9)
         axes.plot(
-            x, y, "o", markersize=8, color=f"C{number % 10}", label=f"{line['question']}: {y / roof:.0%} of its roof"
+            x,
+            y,
+            "o",
+            markersize=8,
+            color=f"C{number % 10}",
+            label=f"{line['question']}, {line['implementation']}: {y / roof:.0%} of its roof",
         )
         axes.plot([x, x], [y, roof], ":", color=f"C{number % 10}", linewidth=1)
     least = min(line["gigaoperations_per_second"] for line in points)

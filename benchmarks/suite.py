@@ -22,11 +22,12 @@ QUICK_COPIED = 16_000_000
 
 @dataclass
 class Answer:
-    """What came of a question: lines, or the reason why there are none."""
+    """What came of a question: lines, or the reason why there are none, and whether that is a failure."""
 
     question: Question
     lines: list[Line]
     left_out: str | None = None
+    failed: bool = False
 
 
 def make_setting(device: torch.device, *, quick: bool) -> Setting:
@@ -71,7 +72,10 @@ def ask(
             continue
         if on_question is not None:
             on_question(question)
-        yield Answer(question, [{"question": question.name, **line} for line in _answer(question, setting)])
+        try:
+            yield Answer(question, [{"question": question.name, **line} for line in _answer(question, setting)])
+        except Exception as error:  # whatever it is, the other questions are still worth asking
+            yield Answer(question, [], f"{type(error).__name__}: {str(error).strip()[:300]}", failed=True)
         # A state of 11 x 36 million numbers and the compiled baselines must not stay for the next question.
         torch._dynamo.reset()
         gc.collect()

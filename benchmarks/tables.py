@@ -111,8 +111,6 @@ def _verdict(case: Case, name: str, medians: dict[str, float], share: float | No
 
 def environment(device: torch.device, numel: int) -> Line:
     """What the answers were measured on."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
     where: Line = {"device": device_name(device), "parameters": numel}
     if device.type == "cuda":
         where["cuda"] = torch.version.cuda or torch.version.hip
@@ -121,9 +119,23 @@ def environment(device: torch.device, numel: int) -> Line:
     return where | {
         "torch": torch.__version__,
         "vdu_fast": __version__,
-        "commit": commit,
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    """Of the checkout that this is, "none" for an installed package or without git."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return "none"
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
+    except OSError:
+        return "none"
+    return done.stdout.strip() or "none"
 
 
 def shown(value: Any) -> str:

@@ -29,6 +29,8 @@ TESTS = ("tests/test_parity.py", "tests/test_native.py", "tests/test_dispatch.py
 # The package of a tree, with the questions of this one: {package} comes first, so that its own questions stay unseen.
 CHILD = """
 import sys
+# An editable install would serve from its own tree whatever the other one lacks.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", str(finder))]
 sys.path.insert(0, {tree!r})
 import vdu_fast
 vdu_fast.__path__[:] = [{tree!r} + "/vdu_fast", {questions!r}, {tree!r}]
@@ -97,7 +99,9 @@ def _worktree(revision: str) -> Iterator[Path]:
             print(f"building {revision}", flush=True)
             path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
             build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            built = subprocess.run(build, cwd=tree, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+            # What cannot be built must not be replaced by what is installed.
+            needed = {"PATH": path, "VDU_FAST_BUILD_CPU": "1"}
+            built = subprocess.run(build, cwd=tree, env=os.environ | needed, capture_output=True, text=True)
             if built.returncode:
                 raise InputError(f"--base {revision} cannot be built: {built.stderr.strip()[-500:]}")
             yield tree
@@ -107,7 +111,8 @@ def _worktree(revision: str) -> Iterator[Path]:
 
 def _lines(tree: Path, alias: Path, name: str, device: str, threads: int | None) -> list[Line]:
     code = CHILD.format(tree=str(tree), questions=str(alias), name=name, device=device, threads=threads)
-    done = subprocess.run([sys.executable, "-c", code], cwd=alias, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=alias, env=environment, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("LINES ")]
     if done.returncode or not found:
         raise InputError(f"--base: {tree} cannot answer {name!r}: {done.stderr.strip()[-500:]}")

@@ -163,3 +163,16 @@ def test_a_compiler_that_keeps_gradients_is_used(states, monkeypatch, caplog):
     denoiser.check_compiled(*states)
     assert denoiser.execution == Execution(compile="default")
     assert not caplog.records
+
+
+def test_where_nothing_can_be_compiled_the_network_runs_uncompiled(states, monkeypatch, caplog):
+    def without_a_compiler(*_):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(torch, "compile", lambda module, **_: without_a_compiler)
+    denoiser = Denoiser(build_tiny(), DDPMScheduler(50), SHAPE)
+    plain = denoiser.predict(*states)
+    denoiser.execution = Execution(compile="default")
+    assert torch.equal(denoiser.predict(*states, repeated=True), plain)
+    assert denoiser.execution.compile == "off"
+    assert "runs uncompiled: no C++ compiler was found" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -50,7 +52,18 @@ def _made_from(denoiser: Denoiser, config: EvaluationConfig) -> dict[str, str]:
     return {
         "format": FORMAT,
         "model": fingerprint(denoiser.module),
+        "scheduler": _digest(denoiser),
         "sampler_steps": str(config.sampler_steps),
         "seed": str(config.seed),
         "precision": config.precision,
     }
+
+
+def _digest(denoiser: Denoiser) -> str:
+    """Of what decides the sampler's arithmetic: the scheduler's settings and the noise levels."""
+    config, alphas = getattr(denoiser.scheduler, "config", {}), denoiser.schedule.alphas_cumprod
+    digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode())
+    digest.update(denoiser.schedule.prediction_type.encode())
+    if alphas is not None:
+        digest.update(alphas.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

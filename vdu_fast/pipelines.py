@@ -58,8 +58,8 @@ class Denoiser:
 
         `repeated` calls come many times with one B: these are compiled, where `execution` says so.
         """
-        network = self._compiled_module() if repeated else self.module
-        output = self.execution.call(network, x_t.to(self.dtype), self.schedule.model_timesteps(timesteps))
+        arguments = x_t.to(self.dtype), self.schedule.model_timesteps(timesteps)
+        output = self._call_compiled(*arguments) if repeated else self.execution.call(self.module, *arguments)
         if not isinstance(output, Tensor):
             output = output.sample if hasattr(output, "sample") else output[0]
         if output.shape[1] == 2 * x_t.shape[1]:
@@ -67,11 +67,20 @@ class Denoiser:
         # Samplers and losses go on from here in the model's own dtype, whatever autocast left.
         return output.to(self.dtype)
 
-    def _compiled_module(self) -> Callable[..., Any]:
+    def _call_compiled(self, x_t: Tensor, timesteps: Tensor) -> Any:
+        """By the compiled network; where it cannot be compiled, by the plain one from now on, with a warning."""
         mode = self.execution.compile
         if self._compiled is None or self._compiled[0] != mode:
             self._compiled = mode, self.execution.compiled(self.module)
-        return self._compiled[1]
+        try:
+            return self.execution.call(self._compiled[1], x_t, timesteps)
+        except Exception as error:
+            if mode == "off":
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning("torch.compile cannot be used here, so the network runs uncompiled: %s", reason[0])
+            self.execution = replace(self.execution, compile="off")
+            return self.execution.call(self.module, x_t, timesteps)
 
     def check_compiled(self, x_t: Tensor, timesteps: Tensor) -> None:
         """Where the compiled network has other gradients than the plain one: say so, and compile no more."""

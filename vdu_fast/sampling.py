@@ -83,15 +83,18 @@ def sample_images(
     """
     images = torch.empty((count, *denoiser.sample_shape))
     numel = images[0].numel() if count else 0
+    # Fewer than a batch are soon drawn without, and would be drawn in vain with.
+    compiled = denoiser.execution.compile != "off" and count >= batch_size
     with denoiser.evaluating():
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             # A compiled network is compiled again for every other size, so its last batch is filled up.
-            drawn = min(batch_size, count) if denoiser.execution.compile != "off" else rows.stop - start
+            drawn = batch_size if compiled else rows.stop - start
             offset = (first + start) * numel
             x_t = standard_normal((drawn, *denoiser.sample_shape), seed, stream=stream, offset=offset)
             x_t = x_t.to(denoiser.device, denoiser.dtype)
-            images[rows] = _denoise(denoiser, steps, x_t, rows, observer)[: rows.stop - start]
+            drawn_images = _denoise(denoiser, steps, x_t, rows, observer, compiled=compiled)
+            images[rows] = drawn_images[: rows.stop - start]
             if progress is not None:
                 progress(rows.stop - start)
     return images
@@ -124,11 +127,19 @@ def schedule_index(denoiser: Denoiser, timestep: Tensor) -> Tensor:
     return (timestep.round().long() - 1).clamp(min=0)
 
 
-def _denoise(denoiser: Denoiser, steps: int, x_t: Tensor, rows: slice, observer: StepObserver | None) -> Tensor:
+def _denoise(
+    denoiser: Denoiser,
+    steps: int,
+    x_t: Tensor,
+    rows: slice,
+    observer: StepObserver | None,
+    *,
+    compiled: bool = False,
+) -> Tensor:
     sampler = sampler_for(denoiser, steps)
     for timestep in sampler.timesteps:
         timesteps = schedule_index(denoiser, timestep).to(x_t.device).expand(len(x_t))
-        prediction = denoiser.predict(x_t, timesteps, repeated=True)
+        prediction = denoiser.predict(x_t, timesteps, repeated=compiled)
         if observer is not None:
             kept = rows.stop - rows.start
             observer(rows, timesteps[:kept], x_t[:kept], prediction[:kept])

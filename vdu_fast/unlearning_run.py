@@ -107,7 +107,7 @@ class UnlearningRun:
             NoisePredictionProbe(denoiser, retained_images, **probe) if retained_images is not None else None
         )
         self.write_mean()
-        denoiser.check_compiled(*self._forget_batch(0)[1:])
+        self._check_compiled()
         self.start_error = float(self.forget_probe.error().mean())
         self.start_curve = error_curve(denoiser, self.images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
@@ -116,6 +116,16 @@ class UnlearningRun:
         self.best: tuple[float, int, Tensor] | None = None
         # The step of the last measurement and its z; none before the first, when z is 0.
         self._last_good: tuple[int, Tensor | None] = (0, None)
+
+    def _check_compiled(self) -> None:
+        """On a batch of the size that the steps have: another size is another compilation."""
+        if self.config.compile == "off":
+            return
+        _, x_t, timesteps = self._forget_batch(0)
+        if self._replay_batch is not None:
+            replay_x_t, replay_timesteps, _ = self._replay_batch(0)
+            x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
+        self.denoiser.check_compiled(x_t, timesteps)
 
     def _variational_weights(self, posterior: GaussianPosterior) -> VariationalWeights:
         config = self.config

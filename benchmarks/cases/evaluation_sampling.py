@@ -63,5 +63,10 @@ def sampling(setting: Setting) -> Case:
             "note": f"differs by at most {float(difference.max()):.1e}, {float(difference.mean()):.1e} on average"
         }
     return Case(
-        {"diffusers DDIMPipeline": lambda: _plain(plain)}, calls, COUNT, unit=f"image of {STEPS} steps", columns=columns
+        {"diffusers DDIMPipeline": lambda: _plain(plain)},
+        calls,
+        COUNT,
+        unit=f"image of {STEPS} steps",
+        per_backend=False,
+        columns=columns,
     )

@@ -64,4 +64,5 @@ def loop(setting: Setting) -> Case:
         config.batch_size + config.replay_batch_size,
         unit="image",
         repeats=9,
+        per_backend=False,
     )

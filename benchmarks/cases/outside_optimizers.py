@@ -40,4 +40,4 @@ def against_ivon(setting: Setting) -> Case:
         "vdu_fast, mean restored between": lambda: ours(restore=True),
     }
     budget = Budget({"": 20}) if setting.device.type == "cpu" else Budget()
-    return Case({"ivon": ivon_step}, both, setting.numel, budget=budget)
+    return Case({"ivon": ivon_step}, both, setting.numel, budget=budget, per_backend=False)

@@ -31,7 +31,10 @@ def _step_lines(s: State, implementation: str, *, listed: bool) -> list[Line]:
     )  # fmt: skip
     times, failed = measure(case, s.device)
     lines = lines_of(case, times, failed)
-    return [line | {"implementation": implementation} for line in lines if line["implementation"] != COPY]
+    named = [line for line in lines if line["implementation"] != COPY]
+    if len(named) > 1:  # a line per backend of a GPU
+        return [line | {"implementation": f"{implementation}, {line['implementation']}"} for line in named]
+    return [line | {"implementation": implementation} for line in named]
 
 
 @question("step, natural, bfloat16: 10^5 to 10^9 parameters", group="machine")

@@ -1,7 +1,7 @@
 """The command line `vdu-fast`: one module per command, imported only when that command runs.
 
-Exit codes: 0 done, 1 `doctor` found something wrong, 2 the input was wrong (one message, no traceback), 130 interrupted
-(what was reached is saved, and the message is the command that goes on from there).
+Exit codes: 0 done, 1 `doctor` found something wrong or a benchmark failed, 2 the input was wrong (one message, no
+traceback), 130 interrupted (what was reached is saved, and the message is the command that goes on from there).
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ def run(arguments: Namespace, command: list[str]) -> int:
         if answer.left_out is not None:
             print(f"left out: {answer.question.name}: {answer.left_out}")
     files = "benchmark.csv, benchmark.json" + (" and roofline.png" if drawn else "")
+    failed = any(answer.failed for answer in answers)
     print(f"Took {time.perf_counter() - began:.0f} s. {files} are in {output}.")
-    return 0
+    return 1 if failed else 0
 
 
 def _device(name: str) -> torch.device:
