@@ -1,7 +1,7 @@
 """Do the ways to run the network change what is forgotten and what is kept? Only their speed should differ.
 
-Runs the demo of some digits under every option and writes benchmarks/results/loop_options.csv: PUL and u-FID. Their speed is a
-question of benchmarks/cases/loop_options.py.
+Runs the demo of some digits under every option and writes benchmarks/results/loop_options.csv: PUL and u-FID. Their
+speed is a question of benchmarks/cases/loop_options.py.
 The float32 row of a digit is what its others are compared with. Finished runs in the folder are kept.
 """
 

@@ -74,3 +74,19 @@ def test_samples_of_another_model_and_other_files_are_refused(tmp_path):
     save_tensors(tmp_path / "other.safetensors", {"images": torch.zeros(2, 1, 8, 8)})
     with pytest.raises(InputError, match="holds no samples"):
         load_samples(tmp_path / "other.safetensors", draws(of_classes(0)), CONFIG)
+
+
+def test_what_was_drawn_is_handed_out_before_anything_later_can_fail(classifier):  # noqa: F811
+    kept = []
+    damaged = draws(of_classes(0, 2, 3))
+    with torch.no_grad():
+        damaged.module.images.fill_(float("nan"))
+    how = {"train": TRAIN, "heldout": HELDOUT, "forget": FORGET, "config": CONFIG, "classifier": classifier}
+    with pytest.raises(InputError, match="draws NaN"):
+        evaluate(draws(of_classes(0, 1, 2, 3)), damaged, on_original=kept.append, **how)
+    assert [len(images) for images in kept] == [CONFIG.samples]
+    whole = judged(classifier, on_original=kept.append)
+    assert torch.equal(kept[-1], whole.original_samples)
+    count = len(kept)
+    judged(classifier, on_original=kept.append, original_samples=whole.original_samples)
+    assert len(kept) == count  # nothing new, nothing to write

@@ -148,6 +148,7 @@ def evaluate(
     config: EvaluationConfig | None = None,
     classifier: ImageClassifier | None = None,
     original_samples: Tensor | None = None,
+    on_original: Callable[[Tensor], None] | None = None,
     progress: EvaluationProgress | None = None,
 ) -> Evaluation:
     """Compares a model before and after unlearning; see the head of this module for the definitions.
@@ -161,6 +162,7 @@ def evaluate(
         classifier: never one that took part in unlearning or in choosing the images to forget.
         original_samples: samples numbered 0, 1, ... of `before` with this seed and sampler, drawn earlier: many models
             are then compared with one original that is sampled once. Those beyond their number are drawn.
+        on_original: called with all samples of `before`, whenever some were drawn: to keep them whatever comes after.
         progress: called with (stage, done, total).
 
     Raises:
@@ -181,7 +183,9 @@ def evaluate(
             f"classifier: made for {made_for} images of the classes {', '.join(classifier.class_names)}; needed is "
             f"{needed} and {', '.join(train.class_names)}. Give one trained on the same data, or leave it out."
         )
-    comparison = _Comparison(before, after, train, heldout, forget, config, classifier, report, original_samples)
+    comparison = _Comparison(
+        before, after, train, heldout, forget, config, classifier, report, original_samples, on_original
+    )
     return comparison.run()
 
 
@@ -228,6 +232,7 @@ class _Comparison:
     classifier: ImageClassifier
     report: EvaluationProgress
     original_samples: Tensor | None = None
+    on_original: Callable[[Tensor], None] | None = None
     warnings: list[str] = field(default_factory=list)
     omitted: dict[str, str] = field(default_factory=dict)
 
@@ -269,6 +274,8 @@ class _Comparison:
             images = torch.cat([known[first:start], images])
         if denoiser is self.before:
             self.original_samples = images if known is None else torch.cat([known, images[len(known) - first :]])
+            if self.on_original is not None and start < first + count:
+                self.on_original(self.original_samples)
         return _Drawn(images, *self.classifier.embed_and_classify(images))
 
     def sample(self, denoiser: Denoiser, argument: str, count: int, *, first: int) -> Tensor:

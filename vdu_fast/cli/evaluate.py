@@ -142,11 +142,10 @@ def _evaluate(
         **shared,
         classifier=ImageClassifier.load(path) if path is not None and known else None,
         original_samples=load_samples(drawn, before, config) if drawn is not None and drawn.is_file() else None,
+        on_original=None if drawn is None else lambda images: save_samples(drawn, images, before, config),
     )
     if path is not None and not known:
         evaluation.classifier.save(path)
-    if drawn is not None:
-        save_samples(drawn, evaluation.original_samples, before, config)
     if persistence is not None:
         evaluation.metrics["persistence"] = measure_persistence(
             before,
