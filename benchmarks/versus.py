@@ -114,6 +114,9 @@ def _lines(tree: Path, alias: Path, name: str, device: str, threads: int | None)
     environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run([sys.executable, "-c", code], cwd=alias, env=environment, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("LINES ")]
+    if "ModuleNotFoundError: No module named 'vdu_fast." in done.stderr:
+        missing = done.stderr.strip().splitlines()[-1].rsplit(" ", 1)[-1]
+        raise InputError(f"--base: that commit has no {missing}, which the questions need. Compare with a later one.")
     if done.returncode or not found:
         raise InputError(f"--base: {tree} cannot answer {name!r}: {done.stderr.strip()[-500:]}")
     return json.loads(found[-1].removeprefix("LINES "))
