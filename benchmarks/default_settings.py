@@ -10,12 +10,10 @@ decides that is every setting in force, not the name: a row of other defaults do
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import hashlib
 import json
 import statistics
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from vdu_fast.benchmarks.ledger import append, commit, rows
 from vdu_fast.checkpoint import fingerprint, load_tensors, save_tensors
 from vdu_fast.classifier import ImageClassifier, train_classifier
 from vdu_fast.config import UnlearnConfig
@@ -150,40 +149,13 @@ class Bench:
         }
 
 
-def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-
-
-def rows() -> list[dict[str, str]]:
-    if not RESULTS.is_file():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def print_table() -> None:
     """One line per setting that has run on all digits."""
     print(
         f"{'setting':24} {'PUL median / least':>19} {'u-FID / oracle median / most':>29} {'kept min':>9} {'seconds':>8}"
     )
     by_setting: dict[str, list[dict[str, str]]] = {}
-    for row in rows():
+    for row in rows(RESULTS):
         by_setting.setdefault(row["setting"], []).append(row)
     for setting, runs in by_setting.items():
         pul, ratio, kept, seconds = ([float(r[c]) for r in runs] for c in ("pul", "ratio", "kept_min", "seconds"))
@@ -201,7 +173,7 @@ def measure_missing(settings: Iterable[str], digits: Iterable[int], evaluation: 
     for setting, digit in jobs:
         changes = SETTINGS[setting]
         key = row_key(changes, digit, evaluation)
-        if any(row["key"] == key for row in rows()):
+        if any(row["key"] == key for row in rows(RESULTS)):
             continue
         bench = bench or Bench(evaluation)
         stamp = {
@@ -214,7 +186,7 @@ def measure_missing(settings: Iterable[str], digits: Iterable[int], evaluation: 
             "key": key,
         }
         row = {"setting": setting, "changes": json.dumps(changes), **bench.run(changes, digit), **stamp}
-        append(row)
+        append(RESULTS, COLUMNS, row)
         print(setting, row, flush=True)
 
 

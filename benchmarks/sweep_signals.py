@@ -9,17 +9,16 @@ a row already is skipped, so it can be stopped and started again.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from default_settings import CACHE, EVALUATION_SEED, Bench, commit
+from default_settings import CACHE, EVALUATION_SEED, Bench
 from scipy.stats import spearmanr
 
+from vdu_fast.benchmarks.ledger import append, commit, rows
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig, evaluate
 from vdu_fast.sweeping import Point, Setting, Sweep, SweepConfig, choose
@@ -61,22 +60,6 @@ class JudgedSweep(Sweep):
             yield run, steps
 
 
-def rows() -> list[dict[str, str]]:
-    if not RESULTS.is_file():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, Any]) -> None:
-    new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
-
-
 def measure_missing(digit: int, evaluation: EvaluationConfig) -> None:
     """Run what has no rows yet."""
     bench = Bench(evaluation)
@@ -96,18 +79,20 @@ def measure_missing(digit: int, evaluation: EvaluationConfig) -> None:
     }
     for setting in GRID.settings():
         key = sweep.key(setting)
-        if any(row["key"] == key and row["samples"] == str(evaluation.samples) for row in rows()):
+        if any(row["key"] == key and row["samples"] == str(evaluation.samples) for row in rows(RESULTS)):
             continue
         for point in sweep.run(setting)["points"]:
             truth = sweep.truth[point["steps"]]
-            append({"digit": digit, **point, **truth, **stamp, "key": key})
+            row = {"digit": digit, **point, **truth, **stamp, "key": key}
+            shown = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
+            append(RESULTS, COLUMNS, shown)
             print(digit, setting.name, point["steps"], point["pul"], point["ratio"], truth, flush=True)
 
 
 def report(digits: list[int], least_forgotten: float) -> None:
     """Rank correlations over the grid, and the truth about what would be chosen."""
     for digit in digits:
-        measured = [row for row in rows() if row["digit"] == str(digit)]
+        measured = [row for row in rows(RESULTS) if row["digit"] == str(digit)]
         if len(measured) < 3:
             continue
         value = {name: [float(row[name]) for row in measured] for name in (*SIGNALS, *TRUTH)}

@@ -6,7 +6,6 @@ import csv
 import datetime
 import io
 import statistics
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from vdu_fast import __version__
 from vdu_fast.benchmarks.case import AT_THE_LIMIT, Budget, Case, Line
+from vdu_fast.benchmarks.ledger import commit
 from vdu_fast.benchmarks.measure import COPIED, COPY, GPU_BACKENDS, Times, spread
 from vdu_fast.checkpoint import write_bytes_atomic, write_json_atomic
 from vdu_fast.machine import device_name
@@ -119,23 +119,9 @@ def environment(device: torch.device, numel: int) -> Line:
     return where | {
         "torch": torch.__version__,
         "vdu_fast": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _commit() -> str:
-    """Of the checkout that this is, "none" for an installed package or without git."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return "none"
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-        )
-    except OSError:
-        return "none"
-    return done.stdout.strip() or "none"
 
 
 def shown(value: Any) -> str:

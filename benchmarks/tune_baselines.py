@@ -13,7 +13,6 @@ of these (barrier 1 at 1e-4 and 3e-4) gave way to lower barriers.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 from dataclasses import asdict
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_settings import EVALUATION_SEED, Bench, commit, short_digest
+from default_settings import EVALUATION_SEED, Bench, short_digest
 
 from vdu_fast.baselines import get_method
 from vdu_fast.baselines.budget import evaluations_of_unlearn
 from vdu_fast.baselines.method import MethodInputs, run_method
+from vdu_fast.benchmarks.ledger import append, commit, rows
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig, evaluate
 from vdu_fast.pipelines import denoiser_of, load_pipeline
@@ -83,22 +83,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def rows() -> list[dict[str, str]]:
-    if not RESULTS.is_file():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, Any]) -> None:
-    new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def measure(bench: Bench, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Unlearn and evaluate under one setting of one method."""
     denoiser = denoiser_of(load_pipeline(bench.model))
@@ -138,7 +122,7 @@ def measure(bench: Bench, name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def best(method: str) -> dict[str, str] | None:
     """The row of a method that its defaults are taken from, or None before anything has run."""
-    runs = [row for row in rows() if row["method"] == method]
+    runs = [row for row in rows(RESULTS) if row["method"] == method]
     forgotten = [row for row in runs if float(row["pul"]) >= FORGOTTEN]
     if forgotten:
         return min(forgotten, key=lambda row: float(row["u_fid"]))
@@ -158,7 +142,7 @@ def main() -> None:
     jobs = [(name, changes) for name in arguments.methods for changes in SETTINGS[name]][number::parts]
     for name, changes in [] if arguments.table else jobs:
         key = short_digest([name, asdict(get_method(name).settings(**changes)), DIGIT, SEED, asdict(config)])
-        if any(row["key"] == key for row in rows()):
+        if any(row["key"] == key for row in rows(RESULTS)):
             continue
         bench = bench or Bench(config)
         stamp = {
@@ -171,7 +155,7 @@ def main() -> None:
             "key": key,
         }
         row = {"method": name, "changes": json.dumps(changes), **measure(bench, name, changes), **stamp}
-        append(row)
+        append(RESULTS, COLUMNS, row)
         print(name, changes, *(f"{key} {row[key]}" for key in ("pul", "u_fid", "kept_min", "seconds")), flush=True)
     for name in arguments.methods:
         print(name, best(name))

@@ -117,7 +117,7 @@ class TestTuneBaselines:
             {"method": "b", "pul": "50", "u_fid": "9"},
             {"method": "b", "pul": "40", "u_fid": "1"},
         ]
-        monkeypatch.setattr(tuning, "rows", lambda: rows)
+        monkeypatch.setattr(tuning, "rows", lambda path: rows)
         assert tuning.best("a") == rows[2]
         assert tuning.best("b") == rows[3]
         assert tuning.best("c") is None

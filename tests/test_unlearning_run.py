@@ -39,8 +39,9 @@ def small(**settings) -> UnlearnConfig:
 def start(
     images: Tensor, bank: ReplayBank | None = None, denoiser: Denoiser | None = None, **settings
 ) -> UnlearningRun:
-    denoiser = denoiser or denoiser_of_tiny()
-    return UnlearningRun(denoiser, images, random_posterior(denoiser.module), bank, small(**settings))
+    denoiser, config = denoiser or denoiser_of_tiny(), small(**settings)
+    denoiser.execution = config.execution
+    return UnlearningRun(denoiser, images, random_posterior(denoiser.module), bank, config)
 
 
 def finish(run: UnlearningRun) -> UnlearningRun:

@@ -41,7 +41,7 @@ class UnlearningRun:
     """Minimises L = -(1 - gamma) A + gamma B + lambda B_f over q; everything random is a function of (seed, step).
 
     Args:
-        denoiser: the model; its trainable parameters move into an arena until `finish`.
+        denoiser: the model, run as its `execution` says; its trainable parameters move into an arena until `finish`.
         forget_images: float32 [N, C, H, W] in [-1, 1].
         posterior: over at least the trainable parameters.
         bank: the filtered replay bank, or None when replay_weight is 0.
@@ -74,7 +74,6 @@ class UnlearningRun:
                 denoiser.device,
                 enabled=config.prefetch,
             )
-        denoiser.execution = config.execution
         # Dropout would draw from a generator that no resumed run can restore.
         self._training = denoiser.module.training
         denoiser.module.eval()
@@ -119,12 +118,9 @@ class UnlearningRun:
 
     def _check_compiled(self) -> None:
         """On a batch of the size that the steps have: another size is another compilation."""
-        if self.config.compile == "off":
+        if self.denoiser.execution.compile == "off":
             return
-        _, x_t, timesteps = self._forget_batch(0)
-        if self._replay_batch is not None:
-            replay_x_t, replay_timesteps, _ = self._replay_batch(0)
-            x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
+        _, x_t, timesteps, _ = self._batch(0)
         self.denoiser.check_compiled(x_t, timesteps)
 
     def _variational_weights(self, posterior: GaussianPosterior) -> VariationalWeights:
@@ -244,14 +240,9 @@ class UnlearningRun:
     def _network_gradient(self, draw: int, *, forgetting: bool) -> dict[str, float]:
         """Losses of the terms that pass through the network at the weights in the arena, whose gradient they leave."""
         config = self.config
-        x0, x_t, timesteps = self._forget_batch(draw)
-        forget = len(x_t)
-        replay_target = None
+        x0, x_t, timesteps, replay_target = self._batch(draw)
+        forget = len(x0)
         with phase("data"):
-            if self._replay_batch is not None:
-                # One network call for both halves: at these sizes a call costs more than its samples.
-                replay_x_t, replay_timesteps, replay_target = self._replay_batch(draw)
-                x_t, timesteps = torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps))
             weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
         reference = self._reference_error(draw, x_t[:forget], *batch) if config.saturation == "npo" else None
@@ -283,6 +274,16 @@ class UnlearningRun:
         return per_sample_error(
             prediction, mixed.pop("target", None), weight, seed=self.config.seed, draw=draw, **mixed
         )
+
+    @phase("data")
+    def _batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x_0 of the forget half, x_t and timesteps of both halves, and what the old model predicted of the other."""
+        x0, x_t, timesteps = self._forget_batch(draw)
+        if self._replay_batch is None:
+            return x0, x_t, timesteps, None
+        # One network call for both halves: at these sizes a call costs more than its samples.
+        replay_x_t, replay_timesteps, replay_target = self._replay_batch(draw)
+        return x0, torch.cat((x_t, replay_x_t)), torch.cat((timesteps, replay_timesteps)), replay_target
 
     @phase("data")
     def _forget_batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:

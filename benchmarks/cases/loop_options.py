@@ -44,6 +44,7 @@ def _stepping(setting: Setting, changes: dict[str, Any]) -> Callable[[], object]
     posterior = GaussianPosterior.load(shipped_model() / "posterior.safetensors")
     bank = build_bank(denoiser, 64, sampler_steps=10, states=5)
     config = UnlearnConfig(steps=NEVER, check_every=NEVER, **changes)
+    denoiser.execution = config.execution
     run = UnlearningRun(denoiser, load_images("digits:0", split="train").images, posterior, bank, config)
     return run.step
 
