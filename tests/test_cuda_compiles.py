@@ -30,9 +30,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+# Parsed here, not where it is asked for: Python 3.11 fails when two threads of a pool parse at once.
+SETUP = ast.parse((ROOT / "setup.py").read_text())
+
+
 def setting(name: str):
     """A constant of setup.py, which cannot be imported: that would build."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+    for node in SETUP.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             return ast.literal_eval(node.value)
     raise AssertionError(f"setup.py no longer defines {name}")
