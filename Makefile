@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+# Where Fashion-MNIST is: Debian's package dataset-fashion-mnist puts it here; any folder of its IDX files will do.
+FASHION ?= /usr/share/datasets/fashion-mnist
 # Each worker computes on one thread; tests that are about threads set their own number.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # Which Python has the torch for `make gpu`; nothing is installed there.
@@ -24,10 +26,10 @@ SANITIZE := -std=c++20 -O1 -g -Wall -Wextra -fopenmp-simd -ffp-contract=off -fno
 quietly = $(1) >>$(LOG) 2>&1 || { echo "failed: $(1)" >&2; tail -n 30 $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench bench-calls gpu sanitize lint format clean
+.PHONY: help install demo test test-slow bench bench-calls protocol-digits protocol-fashion gpu sanitize lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## create .venv and install the package with what its tests need
 
@@ -48,6 +50,12 @@ bench: install ## measure on the CPU against the budgets; fails when one is miss
 
 bench-calls: install ## what one call of every op costs on small tensors, by pytest-benchmark
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/calls.py --benchmark-columns=median,iqr,rounds
+
+protocol-digits: install ## compare all methods on the digits, with all studies (an hour on 2 cores; goes on where it was)
+	@$(BIN)/python benchmarks/protocol.py digits
+
+protocol-fashion: install ## the same on Fashion-MNIST at 16 x 16 (under 4 hours; FASHION=its folder)
+	@$(BIN)/python benchmarks/protocol.py fashion_mnist --data $(FASHION)
 
 gpu: ## on a machine with a GPU: build, run the tests marked gpu, and measure there
 	@$(GPU_PYTHON) benchmarks/gpu_check.py

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import csv
 import importlib.util
-import json
-from dataclasses import asdict
+import random
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 import pytest
+from test_baselines import OURS, PRETRAIN, settings_of
+from test_comparison import shades
 
 from vdu_fast.baselines import METHOD_NAMES, get_method
+from vdu_fast.comparison import Comparison
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig
+from vdu_fast.persistence import PersistenceConfig
+from vdu_fast.report import plain
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -22,6 +31,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
 
@@ -47,80 +57,174 @@ class TestDefaultSettings:
         return module
 
     def test_a_finished_run_is_not_repeated(self, sweep):
-        sweep.measure_missing(["default", "lambda 20"], [3, 4], EvaluationConfig(samples=10), "0/1")
+        sweep.measure_missing(["start", "lambda 20"], [3, 4], EvaluationConfig(samples=10), "0/1")
         assert sweep.done == [({}, 3), ({}, 4), ({"replay_weight": 20.0}, 3), ({"replay_weight": 20.0}, 4)]
-        sweep.measure_missing(["default", "lambda 20"], [3, 4, 5], EvaluationConfig(samples=10), "0/1")
+        sweep.measure_missing(["start", "lambda 20"], [3, 4, 5], EvaluationConfig(samples=10), "0/1")
         assert sweep.done[4:] == [({}, 5), ({"replay_weight": 20.0}, 5)]
 
     def test_a_run_under_other_defaults_or_another_evaluation_is_repeated(self, sweep, monkeypatch):
-        sweep.measure_missing(["default"], [3], EvaluationConfig(samples=10), "0/1")
-        sweep.measure_missing(["default"], [3], EvaluationConfig(samples=11), "0/1")
-        sweep.measure_missing(["default"], [3], EvaluationConfig(samples=10, seed=7), "0/1")
-        monkeypatch.setattr(sweep, "UnlearnConfig", lambda **changes: UnlearnConfig(hinge_ratio=9.0, **changes))
-        sweep.measure_missing(["default"], [3], EvaluationConfig(samples=10), "0/1")
+        sweep.measure_missing(["start"], [3], EvaluationConfig(samples=10), "0/1")
+        sweep.measure_missing(["start"], [3], EvaluationConfig(samples=11), "0/1")
+        sweep.measure_missing(["start"], [3], EvaluationConfig(samples=10, seed=7), "0/1")
+        monkeypatch.setattr(sweep, "UnlearnConfig", lambda **changes: UnlearnConfig(**changes | {"hinge_ratio": 9.0}))
+        sweep.measure_missing(["start"], [3], EvaluationConfig(samples=10), "0/1")
         assert sweep.done == [({}, 3)] * 4
 
     def test_one_setting_under_two_names_runs_once(self, sweep, monkeypatch):
-        monkeypatch.setitem(sweep.SETTINGS, "the default once more", {"steps": UnlearnConfig().steps})
-        sweep.measure_missing(["default", "the default once more"], [3], EvaluationConfig(samples=10), "0/1")
+        monkeypatch.setitem(sweep.SETTINGS, "the start once more", {"steps": UnlearnConfig().steps})
+        sweep.measure_missing(["start", "the start once more"], [3], EvaluationConfig(samples=10), "0/1")
         assert sweep.done == [({}, 3)]
 
     def test_parts_share_the_work(self, sweep):
         for part in ("0/2", "1/2"):
-            sweep.measure_missing(["default"], [0, 1, 2], EvaluationConfig(samples=10), part)
+            sweep.measure_missing(["start"], [0, 1, 2], EvaluationConfig(samples=10), part)
         assert [digit for _, digit in sweep.done] == [0, 2, 1]
 
     def test_settings_are_not_chosen_on_the_noise_they_are_reported_on(self, sweep):
         assert EvaluationConfig().seed != sweep.EVALUATION_SEED
 
 
-class TestTenDigits:
-    @pytest.fixture
-    def metrics(self):
-        """What the demo of the digit 3 leaves under the defaults, as far as the script asks."""
-        settings = asdict(UnlearnConfig()) | {"evaluation": asdict(EvaluationConfig(samples=1000))}
-        return {"settings": settings, "forgotten_class": {"index": 3, "name": "3"}}
-
-    def test_a_demo_under_the_defaults_is_kept(self, metrics, tmp_path):
-        assert not script("ten_digits").finished(3, tmp_path)
-        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-        assert script("ten_digits").finished(3, tmp_path)
-        assert not script("ten_digits").finished(4, tmp_path)
-
-    @pytest.mark.parametrize("change", [{"hinge_ratio": 9.0}, {"evaluation": asdict(EvaluationConfig(samples=60))}])
-    def test_a_demo_under_other_settings_is_not(self, metrics, tmp_path, change):
-        metrics["settings"] |= change
-        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-        assert not script("ten_digits").finished(3, tmp_path)
-
-
-class TestTuneBaselines:
+class TestTuneMethods:
     @pytest.fixture
     def tuning(self, monkeypatch):
         monkeypatch.syspath_prepend(str(BENCHMARKS))
-        return script("tune_baselines")
+        return script("tune_methods")
 
-    def test_the_defaults_of_every_baseline_are_what_did_best(self, tuning):
-        for name in tuning.SETTINGS:
+    def test_the_defaults_of_every_method_are_what_did_best(self, tuning):
+        for name, tries in tuning.SETTINGS.items():
             settings = get_method(name).settings
-            assert settings() == settings(**json.loads(tuning.best(name)["changes"])), name
+            finalists = [changes for changes, _ in tuning.standing(name, tries, tuning.FIRST)[: tuning.FINALISTS]]
+            standing = tuning.standing(name, finalists, tuning.SECOND)
+            assert len(standing) == tuning.FINALISTS, name
+            assert settings() == settings(**standing[0][0]), name
 
     def test_every_method_gets_the_same_number_of_tries(self, tuning):
-        assert len({len(tries) for tries in tuning.SETTINGS.values()}) == 1
-        assert set(tuning.SETTINGS) == set(METHOD_NAMES) - {"ours", "retrain"}
+        assert {len(tries) for tries in tuning.SETTINGS.values()} == {8}
+        assert set(tuning.SETTINGS) == set(METHOD_NAMES) - {"retrain"}
 
-    def test_the_best_forgets_first_and_keeps_then(self, tuning, monkeypatch):
-        rows = [
-            {"method": "a", "pul": "89", "u_fid": "1"},
-            {"method": "a", "pul": "95", "u_fid": "3"},
-            {"method": "a", "pul": "91", "u_fid": "2"},
-            {"method": "b", "pul": "50", "u_fid": "9"},
-            {"method": "b", "pul": "40", "u_fid": "1"},
+    def test_the_best_keeps_what_it_should_then_forgets_then_keeps_best(self, tuning):
+        order = [
+            {"pul": 97.5, "u_fid": 2.0, "original": 5.0},
+            {"pul": 100.0, "u_fid": 3.0, "original": 5.0},
+            {"pul": 96.0, "u_fid": 4.0, "original": 5.0},
+            {"pul": 20.0, "u_fid": 1.0, "original": 5.0},
+            {"pul": 98.0, "u_fid": 60.0, "original": 5.0},
+            {"pul": 100.0, "u_fid": 70.0, "original": 5.0},
+            {"pul": 0.0, "u_fid": 6.0, "original": 5.0},
         ]
-        monkeypatch.setattr(tuning, "rows", lambda path: rows)
-        assert tuning.best("a") == rows[2]
-        assert tuning.best("b") == rows[3]
-        assert tuning.best("c") is None
+        assert sorted(random.Random(0).sample(order, len(order)), key=lambda means: tuning.rank(means, 97.0)) == order
+
+    def test_a_round_counts_settings_that_ran_on_all_of_its_digits(self, tuning, monkeypatch):
+        which = tuning.Round((0, 4), 20, 90.0)
+        tries = [{"hinge_ratio": 2.0}, {"hinge_ratio": 4.0}]
+
+        def row(changes, digit, pul):
+            key = tuning.run_key("ours", changes, digit, which.evaluation)
+            return {"key": key, "pul": pul, "u_fid": "2", "oracle": "1", "original": "5"}
+
+        found = [row(tries[0], 0, "100"), row(tries[0], 4, "90"), row(tries[1], 0, "100")]
+        monkeypatch.setattr(tuning, "rows", lambda path: found)
+        assert tuning.standing("ours", tries, which) == [
+            (tries[0], {"pul": 95.0, "u_fid": 2.0, "oracle": 1.0, "original": 5.0})
+        ]
 
     def test_it_is_not_tuned_on_the_noise_of_the_tables(self, tuning):
         assert EvaluationConfig().seed != tuning.EVALUATION_SEED
+
+
+class TestProtocol:
+    """The whole of a protocol on a model of a few thousand weights, that was trained for a few steps."""
+
+    @pytest.fixture
+    def protocol(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return script("protocol")
+
+    @pytest.fixture
+    def bench(self, protocol, tmp_path):
+        images = shades(80, 0)
+        path = tmp_path / "shades.npz"
+        numpy.savez(path, images=images.images.numpy(), labels=images.labels.numpy())
+        small = protocol.Protocol(
+            classes=(0,),
+            shared_classes=(0,),
+            seeds=2,
+            persistent=("ours",),
+            pretraining=PRETRAIN,
+            forget_counts=(8,),
+            checkpoint_counts=(2, 4),
+            methods=("neg_grad", "retrain"),
+            evaluation=EvaluationConfig(samples=24, sampler_steps=3, batch_size=24, loss_images=8, loss_timesteps=2),
+            settings={"ours": OURS, "neg_grad": settings_of("neg_grad")},
+        )
+        protocol.PERSISTENCE = PersistenceConfig(
+            relearn_images=2, unrelated_images=4, relearn_steps=(0, 1), relearn_batch_size=4, relearn_samples=20,
+            inverted_images=4, membership_timesteps=2,
+        )  # fmt: skip
+        bench = protocol.Bench(small, str(path), tmp_path / "runs", processes=1)
+        _, drawn = bench.base.classifier.embed_and_classify(bench.base.original_samples[:20])
+        label = int(drawn.bincount().argmax())  # one that the model draws
+        bench.protocol = replace(small, classes=(label,), shared_classes=(label,), sequence=(label,))
+        return bench
+
+    def test_it_runs_once_and_tells_all(self, protocol, bench, tmp_path, monkeypatch):
+        def everything(bench):
+            return bench.persistence(), bench.comparison(), bench.studies(), bench.sequences()
+
+        persistent, records, studies, sequences = everything(bench)
+        made = []
+        monkeypatch.setattr(Comparison, "run", lambda self, job: made.append(job))
+        again = copy.copy(bench)
+        again.base = replace(bench.base)
+        assert plain(everything(again)) == plain((persistent, records, studies, sequences))
+        assert made == []
+        assert len(records) == 2 * 3
+        assert set(studies) == {"8 forget images", "2 checkpoints", "4 checkpoints", "1 checkpoint, Fisher"}
+        assert {record["forget_images"] for record in studies["8 forget images"]} == {8}
+        shared = bench.protocol.shared_classes
+        protocol.write_results(tmp_path / "results", shared, records, persistent, studies, sequences)
+        rows = list(csv.DictReader((tmp_path / "results" / "runs.csv").open()))
+        assert len(rows) == len(records) + 2 * len(studies)
+        asked = [row for row in rows if row["half_life"]]
+        assert [(row["method"], row["seed"], row["study"]) for row in asked] == [("ours", "0", "")]
+        name = records[0]["class"]
+        text = (tmp_path / "results" / "studies.md").read_text()
+        assert f"PUL of {name}" in text
+        assert "| 8 forget images | 2 |" in text
+        assert f"| {name} |" in (tmp_path / "results" / "classes.md").read_text()
+        for picture in ("tradeoff.png", "persistence.png", "studies.png"):
+            assert (tmp_path / "results" / picture).read_bytes().startswith(b"\x89PNG")
+
+    def test_posteriors_of_fewer_checkpoints_end_with_the_same_one(self, protocol, bench):
+        used = {name: comparison.posterior.source for name, comparison in bench._variants() if "checkpoints" in name}
+        assert [source["count"] for source in used.values()] == ["2", "4"]
+
+    def test_the_targets_are_held_against_means_over_classes(self, protocol):
+        def record(label, seed, pul, ratio):
+            u_fid = {"before": 5.0, "after": 2.0 * ratio, "oracle": 2.0}
+            shares = {"kept_ratio_min": 0.8, "kept_ratio_min_class": 1}
+            counts = {"samples": 10, "forgotten_before": 3, "forgotten_after": 1}
+            metrics = {"pul": pul, "u_fid": u_fid, "shares": shares, "counts": counts}
+            return {
+                "label": label, "class": str(label), "seed": seed,
+                "metrics": metrics | {"sampler": {"name": "DDIM", "steps": 3, "seed": 1}},
+            }  # fmt: skip
+
+        records = [record(0, 0, 99.5, 1.0), record(0, 1, 100.0, 1.2), record(1, 0, 97.0, 1.5), record(1, 1, 98.0, 1.7)]
+        text = protocol.tables.classes_markdown(records)
+        assert "| 0 | 3, 1.0 | 99.8 ± 0.2 |" in text
+        assert "**98.6 ± 1.1**" in text
+        assert "PUL NO, u-FID NO" in text
+        text = protocol.tables.classes_markdown(records[:2])
+        assert "PUL yes, u-FID yes" in text
+
+    def test_the_tables_of_the_data_sets_hold_what_was_asked(self, protocol):
+        digits, fashion = protocol.PROTOCOLS["digits"], protocol.PROTOCOLS["fashion_mnist"]
+        assert len(digits.classes) == 10
+        assert len(digits.shared_classes) >= 4
+        assert len(fashion.classes) >= 5
+        assert len(fashion.shared_classes) >= 3
+        for one in (digits, fashion):
+            assert set(one.methods) == set(METHOD_NAMES) - {"ours"}
+            assert one.seeds >= 3
+            assert set(one.shared_classes) <= set(one.classes)

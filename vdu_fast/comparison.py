@@ -29,7 +29,7 @@ from vdu_fast.classifier import ImageClassifier, train_classifier
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
-from vdu_fast.evaluation import EvaluationConfig, evaluate, percentage_unlearned
+from vdu_fast.evaluation import EvaluationConfig, evaluate, fixed_subset, percentage_unlearned
 from vdu_fast.persistence import PersistenceConfig, check_count, measure_persistence
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
@@ -67,6 +67,8 @@ class Comparison:
         settings: of methods, by name, in the place of their defaults.
         device: where models run; "auto" takes CUDA where there is one.
         persistence: asks every run whether the class stays forgotten, too; None does not.
+        forget_images: of the class, that methods see: a random choice, another one for every seed. None is all.
+        shared: folder for what the runs share, which several comparisons of one model can use; None is one in `output`.
     """
 
     model: Path
@@ -78,6 +80,14 @@ class Comparison:
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
     persistence: PersistenceConfig | None = None
+    forget_images: int | None = None
+    shared: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.forget_images is not None and self.forget_images < 1:
+            raise InputError(
+                f"forget_images: got {self.forget_images}; accepted are whole numbers from 1 up. Raise it."
+            )
 
     @cached_property
     def original(self) -> Denoiser:
@@ -126,11 +136,18 @@ class Comparison:
     def budget(self, label: int) -> int:
         """Network evaluations that every method may spend on a class: those of `unlearn`."""
         config = self.settings.get("ours", UnlearnConfig())
-        return evaluations_of_unlearn(config, len(self.train.only(label)))
+        return evaluations_of_unlearn(config, len(self.forget_of(label, seed=0)))
+
+    def forget_of(self, label: int, seed: int) -> Tensor:
+        """The images of a class that the methods of this seed see."""
+        images = self.train.only(label).images
+        return images if self.forget_images is None else fixed_subset(images, self.forget_images, seed)
 
     def key(self, job: Job) -> str:
         """A digest of all that decides the result of a run."""
         decides = [asdict(job), asdict(self.settings_of(job.method)), self.budget(job.label), self.made_from]
+        if self.forget_images is not None:
+            decides.append({"forget_images": self.forget_images})
         if job.method == "retrain" and self.pretraining is not None:
             decides.append(asdict(self.pretraining))
         return _digest(decides)
@@ -138,6 +155,10 @@ class Comparison:
     def path(self, job: Job) -> Path:
         """The file of a run."""
         return self.output / "runs" / f"class-{job.label}-{job.method}-seed-{job.seed}.json"
+
+    @property
+    def _shared(self) -> Path:
+        return self.shared or self.output / "shared"
 
     def finished(self, job: Job) -> dict[str, Any] | None:
         """The record of a run that was made under the settings of now, or None."""
@@ -161,7 +182,7 @@ class Comparison:
     def classifier(self) -> ImageClassifier:
         """The judge, trained on the training images when it is not in the output folder."""
         made_from = _digest([self.made_from["data"], self.config.classifier_seed])
-        path = self.output / "shared" / f"classifier-{made_from}.safetensors"
+        path = self._shared / f"classifier-{made_from}.safetensors"
         if not path.is_file():
             train_classifier(self.train, seed=self.config.classifier_seed).save(path)
         return ImageClassifier.load(path)
@@ -171,7 +192,7 @@ class Comparison:
         """What the original model draws, from the output folder when it is there."""
         config, count = self.config, int(_SPARE_SAMPLES * self.config.samples)
         how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
-        path = self.output / "shared" / f"samples-{_digest([self.made_from['model'], count, how])}.safetensors"
+        path = self._shared / f"samples-{_digest([self.made_from['model'], count, how])}.safetensors"
         if not path.is_file():
             save_tensors(path, {"images": sample_images(self.original, count, **how)})
         return load_tensors(path)[0]["images"]
@@ -191,7 +212,7 @@ class Comparison:
         Of a run that was evaluated earlier, persistence alone is measured. Its model was not kept; unlearning gives it
         again, but for rounding where device or threads are others.
         """
-        forget, retained = self.train.only(job.label).images, self.train.without(job.label).images
+        forget, retained = self.forget_of(job.label, job.seed), self.train.without(job.label).images
         denoiser, method = self._load(), get_method(job.method)
         spent = run_method(
             method,
@@ -229,6 +250,7 @@ class Comparison:
             "key": self.key(job),
             "label": job.label,
             "class": self.train.class_names[job.label],
+            "forget_images": len(self.forget_of(job.label, job.seed)),
             "made_from": self.made_from,
             "threads": torch.get_num_threads(),
             "device": self.original.device.type,

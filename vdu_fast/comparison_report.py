@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,7 +258,7 @@ def write_comparison(output: Path, records: Sequence[Record]) -> list[Row]:
     write_bytes_atomic(output / "table.md", table_markdown(rows, records).encode())
     write_bytes_atomic(output / "tradeoff.png", png(draw_methods(rows)))
     if of_persistence(records[0]) is not None:
-        write_bytes_atomic(output / "persistence.png", png(draw_persistence(records, styles_of(rows))))
+        write_bytes_atomic(output / "persistence.png", png(draw_persistence(records, _styles(rows))))
     else:
         # One left by an earlier comparison would be read as this one's.
         (output / "persistence.png").unlink(missing_ok=True)
@@ -282,7 +282,7 @@ def draw_methods(rows: Sequence[Row]) -> Figure:
     figure = new_figure(9.2, 5.0, layout="constrained")
     axes = figure.add_subplot()
     methods = [row for row in rows if row.sees and row.means["pul"] and row.means["u_fid"]]
-    styles = styles_of(rows)
+    styles = _styles(rows)
     for row in methods:
         _draw_method(axes, row, styles[row.method])
     named = {row.method: row for row in rows}
@@ -303,10 +303,14 @@ def draw_methods(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def styles_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Marker and colour of every method, the same in all pictures of one comparison."""
-    styles = dict(zip([row.method for row in rows if row.sees], itertools.cycle(_STYLES)))
+def styles_of(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Marker and colour of every method, the same in all pictures of these."""
+    styles = dict(zip(methods, itertools.cycle(_STYLES)))
     return {name: {OURS: ("*", AFTER), "retrain": ("o", INK)}.get(name, style) for name, style in styles.items()}
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    return styles_of(row.method for row in rows if row.sees)
 
 
 def _draw_method(axes: Axes, row: Row, style: tuple[str, str]) -> None:

@@ -83,12 +83,12 @@ class UnlearnConfig:
     replay_batch_size: int = 64
     accumulate: int = 1
     gamma: float = 0.05
-    replay_weight: float = 8.0
+    replay_weight: float = 5.0
     reduction: ObjectiveReduction = "mean"
     weighting: TimestepWeighting = "simple"
     timestep_window: tuple[int, int] | None = None
     saturation: Saturation = "hinge"
-    hinge_ratio: float = 3.0
+    hinge_ratio: float = 2.5
     npo_beta: float = 1.0
     target_ratio: float | None = None
     trust_region: float | None = None

@@ -3,8 +3,8 @@
 Not drawing a class is one thing, not knowing it any more another. Three questions to the weights:
 
     relearning   The model is trained on with a few images of the class. After how many steps does it draw half as many
-                 of the class as the original model did? And after how many with as many images of other classes, which
-                 say nothing about it?
+                 of the class as the original model did? And after how many with images of other classes, which say
+                 nothing about it?
     inversion    The original model's deterministic sampler is run backwards from images of the class. Does the
                  unlearned model still draw the class from the noise that this leads to?
     membership   The prediction error at every timestep, on the training images that were to be forgotten and on images
@@ -41,7 +41,9 @@ class PersistenceConfig:
     """Settings of the questions whether a model has forgotten for good.
 
     Attributes:
-        relearn_images: images of the class that relearning sees, and as many of the others where it sees those.
+        relearn_images: images of the class that relearning sees.
+        unrelated_images: of other classes, where it sees those. A few would be learned by heart, and then be all that
+            the model draws.
         relearn_steps: steps after which what the model draws is counted, rising from 0; the last one ends relearning.
         relearn_learning_rate: of Adam, constant.
         relearn_batch_size: noised images per step, drawn from the few over and over.
@@ -52,6 +54,7 @@ class PersistenceConfig:
     """
 
     relearn_images: int = 8
+    unrelated_images: int = 64
     relearn_steps: tuple[int, ...] = (0, 5, 10, 20, 40, 80)
     relearn_learning_rate: float = 1e-4
     relearn_batch_size: int = 64
@@ -196,8 +199,11 @@ class _Questions:
         settings, seed, steps = self.settings, self.config.seed, self.settings.relearn_steps
         answers: dict[str, Any] = {"samples": settings.relearn_samples, "before": original, "steps": list(steps)}
         untouched = self.count(self.after)
-        for kind, source in (("forget", "forget_train"), ("unrelated", "retained_train")):
-            images = fixed_subset(self.images[source], settings.relearn_images, seed)
+        for kind, source, count in (
+            ("forget", "forget_train", settings.relearn_images),
+            ("unrelated", "retained_train", settings.unrelated_images),
+        ):
+            images = fixed_subset(self.images[source], count, seed)
             counts: list[int] = []
             for step, model in relearn(self.after, images, settings, seed=seed):
                 self.report(f"relearning, {kind} images", len(counts), len(steps))

@@ -73,7 +73,8 @@ def persistence_rows(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str
 def draw_persistence(records: Sequence[Record], styles: Mapping[str, tuple[str, str]]) -> Figure:
     """How much of the original count is drawn after training on with images of the class, and with others.
 
-    A line per method, the mean over its runs. The steps that were counted at are evenly spaced on the axis.
+    A line per method, the mean over those of its runs that were asked. The steps that were counted at are evenly
+    spaced on the axis.
 
     Args:
         records: of a comparison with persistence.
@@ -83,7 +84,10 @@ def draw_persistence(records: Sequence[Record], styles: Mapping[str, tuple[str, 
     panels = {"forget": "trained on with images of the class", "unrelated": "trained on with images of other classes"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         for method, style in styles.items():
-            _draw_curve(axes, [record for record in records if record["method"] == method], kind, style)
+            asked = (record for record in records if of_persistence(record) is not None)
+            runs = [record for record in asked if record["method"] == method]
+            if runs:
+                _draw_curve(axes, runs, kind, style)
         axes.axhline(0.5, color=BEFORE, linestyle=":", linewidth=1.4, zorder=1)
         axes.text(1.0, 0.51, "half", color=FAINT, fontsize=9, ha="right", transform=axes.get_yaxis_transform())
         axes.set_ylim(-0.04, _MOST_SHOWN)

@@ -82,7 +82,7 @@ class Method:
         title: in tables.
         paper: what it is taken from.
         sees: which data it is handed.
-        settings: dataclass of its settings; the defaults are what did best in benchmarks/tune_baselines.py.
+        settings: dataclass of its settings; the defaults are what did best in benchmarks/tune_methods.py.
         train: changes the model of a run, and returns what is worth recording, ready for JSON.
         limited: whether the common budget binds it; retraining is what the others try to spare.
     """

@@ -35,6 +35,7 @@ class CompareOptions:
         device: where the models run; "auto" takes CUDA where there is one.
         resize: bring every picture to N x N pixels first.
         image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
+        forget_images: forget from so many images of the class, chosen at random for every seed; null is all.
         persistence: also measure whether the class stays forgotten; runs that are finished without it are unlearned
             again, and not evaluated again.
     """
@@ -50,6 +51,7 @@ class CompareOptions:
     device: str = "auto"
     resize: int | None = None
     image_channels: int | None = None
+    forget_images: int | None = None
     persistence: bool = False
 
     def __post_init__(self) -> None:
@@ -86,8 +88,9 @@ def run(arguments: Namespace, command: list[str]) -> int:
             jobs = plan(methods, labels, options.seeds)
             display.say(f"{len(jobs)} runs: {', '.join(methods)}")
             comparison = Comparison(
-                model, posterior, train, heldout, output, config, device=options.device, persistence=persistence
-            )
+                model, posterior, train, heldout, output, config, device=options.device, persistence=persistence,
+                forget_images=options.forget_images,
+            )  # fmt: skip
             records = run_all(
                 comparison,
                 jobs,

@@ -1,0 +1,241 @@
+"""Is it better than the other methods? The whole comparison on one data set, by one command that can be repeated.
+
+    python benchmarks/protocol.py digits
+    python benchmarks/protocol.py fashion_mnist --data /usr/share/datasets/fashion-mnist
+
+Finished runs in the output folder are kept where they were made under the settings of now, so the command goes on where
+it was stopped. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
+
+    table.md, table.csv     every method on the classes that all methods forget
+    classes.md              ours on each of its classes
+    studies.md              ours with fewer forget images, with other posteriors, and with one request after another
+    runs.csv                a row for every run behind them
+    tradeoff.png, persistence.png, studies.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import protocol_tables as tables
+import sequence
+
+from vdu_fast.baselines import METHOD_NAMES
+from vdu_fast.checkpoint import write_bytes_atomic
+from vdu_fast.comparison import Comparison, Job, plan, run_all
+from vdu_fast.comparison_report import write_comparison
+from vdu_fast.data import ImageSet, load_images
+from vdu_fast.demo import shipped_model
+from vdu_fast.evaluation import EvaluationConfig
+from vdu_fast.fisher import fisher_posterior
+from vdu_fast.persistence import PersistenceConfig
+from vdu_fast.pipelines import denoiser_of, load_pipeline
+from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.pretrain import PretrainConfig, pretrain
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is run on one data set.
+
+    Attributes:
+        classes: that ours forgets.
+        shared_classes: that every method forgets; of `classes`.
+        seeds: of unlearning and of retraining.
+        persistent: methods that are asked whether the class stays forgotten, on the shared classes, seed 0.
+        pretraining: how the model is trained; None takes the one that comes with the package.
+        resize: brings the pictures to so many pixels first.
+        forget_counts: numbers of forget images that are tried beside all of them.
+        checkpoint_counts: numbers of checkpoints that a posterior is estimated from; the largest is what is kept of one
+            training run, and the others are spaced evenly over it.
+        sequence: classes that are forgotten one after another.
+        methods: beside ours.
+        evaluation: how every run is measured.
+        settings: of methods, by name, in the place of their defaults.
+    """
+
+    classes: tuple[int, ...]
+    shared_classes: tuple[int, ...]
+    seeds: int = 3
+    persistent: tuple[str, ...] = ()
+    pretraining: PretrainConfig | None = None
+    resize: int | None = None
+    forget_counts: tuple[int, ...] = ()
+    checkpoint_counts: tuple[int, ...] = ()
+    sequence: tuple[int, ...] = ()
+    methods: tuple[str, ...] = tuple(name for name in METHOD_NAMES if name != "ours")
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROTOCOLS = {
+    "digits": Protocol(
+        classes=tuple(range(10)),
+        shared_classes=(1, 3, 5, 7, 9),
+        persistent=("ours", "siss", "salun", "fine_tune", "retrain"),
+        forget_counts=(8, 32, 128),
+        checkpoint_counts=(2, 5, 10, 30),
+        sequence=(3, 5, 8),
+    ),
+    # The classes are every second one: two that others resemble (shirts, sandals), and three that stand alone.
+    "fashion_mnist": Protocol(
+        classes=(1, 3, 5, 7, 9),
+        shared_classes=(1, 5, 9),
+        pretraining=PretrainConfig(steps=2400, anneal_steps=500, channels=(32, 64, 64)),
+        resize=16,
+    ),
+}
+PERSISTENCE = PersistenceConfig(relearn_samples=500)
+
+
+class Bench:
+    """One protocol under way: its data, its model, and the comparisons it is made of.
+
+    Args:
+        protocol: what to run.
+        data: as `--data` of `vdu-fast compare`.
+        output: folder for the runs.
+        processes: runs at a time, each with one thread.
+    """
+
+    def __init__(self, protocol: Protocol, data: str, output: Path, processes: int) -> None:
+        self.protocol, self.output, self.processes = protocol, output, processes
+        output.mkdir(parents=True, exist_ok=True)
+        how: dict[str, Any] = {"resize": protocol.resize}
+        self.train = load_images(data, split="train", **how)
+        model = shipped_model()
+        if protocol.pretraining is not None:
+            model = trained(self.train, output / "model", protocol.pretraining)
+        self.base = Comparison(
+            model,
+            model / "posterior.safetensors",
+            self.train,
+            load_images(data, split="heldout", **how),
+            output,
+            protocol.evaluation,
+            protocol.settings,
+            shared=output / "shared",
+        )
+
+    def persistence(self) -> list[dict[str, Any]]:
+        """The runs of seed 0 that are asked whether the class stays forgotten."""
+        jobs = [Job(label, name, 0) for label in self.protocol.shared_classes for name in self.protocol.persistent]
+        return self._run(replace(self.base, persistence=PERSISTENCE), jobs)
+
+    def comparison(self) -> list[dict[str, Any]]:
+        """Ours on all of its classes, the others on those that they share."""
+        shared, seeds = self.protocol.shared_classes, self.protocol.seeds
+        jobs = plan(["ours", *self.protocol.methods], shared, seeds)
+        rest = [label for label in self.protocol.classes if label not in shared]
+        # Seed by seed, so that what is done when it is stopped compares all methods on all classes.
+        jobs = sorted(jobs + plan(["ours"], rest, seeds), key=lambda job: job.seed)
+        return self._run(self.base, jobs)
+
+    def studies(self) -> dict[str, list[dict[str, Any]]]:
+        """Ours on the shared classes, by what was changed."""
+        jobs = plan(["ours"], self.protocol.shared_classes, self.protocol.seeds)
+        return {name: self._run(comparison, jobs, name) for name, comparison in self._variants()}
+
+    def _variants(self) -> Iterator[tuple[str, Comparison]]:
+        for count in self.protocol.forget_counts:
+            yield f"{count} forget images", self._variant(f"forget-images-{count}", forget_images=count)
+        if counts := self.protocol.checkpoint_counts:
+            most = max(counts)
+            settings = replace(self.base.pretraining or PretrainConfig(), checkpoints=most, device="cpu")
+            model = trained(self.train, self.output / f"model-with-{most}-checkpoints", settings)
+            files = sorted((model / "checkpoints").glob("*.safetensors"))
+            for count in counts:
+                every = most // count
+                posterior = GaussianPosterior.from_checkpoints(files[every - 1 :: every])
+                yield f"{count} checkpoints", self._variant(f"checkpoints-{count}", model=model, posterior=posterior)
+            path = self.output / "fisher.safetensors"
+            if not path.is_file():
+                dataset_size = len(self.train)
+                fisher_posterior(denoiser_of(load_pipeline(model)), dataset_size=dataset_size).save(path)
+            yield "1 checkpoint, Fisher", self._variant("fisher", model=model, posterior=path)
+
+    def _variant(self, name: str, **changes: Any) -> Comparison:
+        return replace(self.base, output=self.output / "studies" / name, **changes)
+
+    def sequences(self) -> list[dict[str, Any]]:
+        """One class after another, from every seed."""
+        labels = self.protocol.sequence
+        return sequence.run_all(self.base, labels, self.protocol.seeds, self.processes) if labels else []
+
+    def _run(self, comparison: Comparison, jobs: list[Job], what: str = "") -> list[dict[str, Any]]:
+        def say(done: int, total: int, text: str) -> None:
+            print(f"{time.strftime('%H:%M:%S')} {what} {done}/{total} {text}", flush=True)
+
+        return run_all(comparison, jobs, processes=self.processes, progress=say)
+
+
+def trained(data: ImageSet, folder: Path, config: PretrainConfig) -> Path:
+    """The folder of a model, which is trained where it is not there or not finished."""
+    if not (folder / "posterior.safetensors").is_file():
+        print(f"training {folder.name}, {config.steps + config.anneal_steps} steps", flush=True)
+        pretrain(data, folder, config, resume=folder.exists())
+    return folder
+
+
+def write_results(
+    folder: Path,
+    shared: tuple[int, ...],
+    records: list[dict[str, Any]],
+    persistent: list[dict[str, Any]],
+    studies: dict[str, list[dict[str, Any]]],
+    sequences: list[dict[str, Any]],
+) -> None:
+    """All tables and pictures of a protocol."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {(r["label"], r["method"], r["seed"]): r for r in persistent}
+    records = [asked.get((r["label"], r["method"], r["seed"]), r) for r in records]
+    write_comparison(folder, [record for record in records if record["label"] in shared])
+    ours = [record for record in records if record["method"] == "ours"]
+    texts = {"classes.md": tables.classes_markdown(ours)}
+    every = [("", record) for record in records]
+    if studies:
+        alone = {"all forget images, as shipped": [record for record in ours if record["label"] in shared]}
+        texts["studies.md"] = tables.studies_markdown(alone | studies, sequences)
+        write_bytes_atomic(folder / "studies.png", tables.studies_png(alone | studies))
+        every += [(name, record) for name, runs in studies.items() for record in runs]
+    texts["runs.csv"] = tables.runs_csv(every)
+    for name, text in texts.items():
+        write_bytes_atomic(folder / name, text.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(PROTOCOLS))
+    parser.add_argument("--data", help="where the pictures are; digits come with scikit-learn")
+    parser.add_argument("--output", type=Path, help="folder for the runs (default: runs/NAME)")
+    parser.add_argument("--results", type=Path, help="folder for tables (default: benchmarks/results/NAME)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
+    parser.add_argument("--seeds", type=int, help="fewer seeds than the protocol has, for a first look")
+    arguments = parser.parse_args()
+    if arguments.name != "digits" and arguments.data is None:
+        parser.error("--data is missing: give the folder of the data set")
+    protocol = PROTOCOLS[arguments.name]
+    if arguments.seeds is not None:
+        protocol = replace(protocol, seeds=arguments.seeds)
+    began = time.monotonic()
+    output = arguments.output or Path("runs") / arguments.name
+    bench = Bench(protocol, arguments.data or "digits", output, arguments.jobs)
+    results = arguments.results or RESULTS / arguments.name
+    # Persistence first: of its runs the comparison then needs nothing but their records.
+    persistent, records = bench.persistence(), bench.comparison()
+    write_results(results, protocol.shared_classes, records, persistent, {}, [])
+    studies, sequences = bench.studies(), bench.sequences()
+    write_results(results, protocol.shared_classes, records, persistent, studies, sequences)
+    print(f"Wrote {results} after {(time.monotonic() - began) / 60:.0f} minutes.")
+
+
+if __name__ == "__main__":
+    main()
