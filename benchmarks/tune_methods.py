@@ -156,7 +156,7 @@ def measure(bench: Bench, name: str, changes: dict[str, Any], digit: int) -> dic
         original_samples=bench.samples,
     ).metrics
     return {
-        "pul": round(metrics["pul"], 1),
+        "pul": round(metrics["pul"], 3),
         "u_fid": round(metrics["u_fid"]["after"], 3),
         "oracle": round(metrics["u_fid"]["oracle"], 3),
         "original": round(metrics["u_fid"]["before"], 3),

@@ -164,7 +164,9 @@ class TestProtocol:
         bench = protocol.Bench(small, str(path), tmp_path / "runs", processes=1)
         _, drawn = bench.base.classifier.embed_and_classify(bench.base.original_samples[:20])
         label = int(drawn.bincount().argmax())  # one that the model draws
-        bench.protocol = replace(small, classes=(label,), shared_classes=(label,), sequence=(label,))
+        bench.protocol = replace(
+            small, classes=(label,), shared_classes=(label,), study_classes=(label,), sequence=(label,)
+        )
         return bench
 
     def test_it_runs_once_and_tells_all(self, protocol, bench, tmp_path, monkeypatch):
@@ -181,8 +183,7 @@ class TestProtocol:
         assert len(records) == 2 * 3
         assert set(studies) == {"8 forget images", "2 checkpoints", "4 checkpoints", "1 checkpoint, Fisher"}
         assert {record["forget_images"] for record in studies["8 forget images"]} == {8}
-        shared = bench.protocol.shared_classes
-        protocol.write_results(tmp_path / "results", shared, records, persistent, studies, sequences)
+        protocol.write_results(tmp_path / "results", bench.protocol, records, persistent, studies, sequences)
         rows = list(csv.DictReader((tmp_path / "results" / "runs.csv").open()))
         assert len(rows) == len(records) + 2 * len(studies)
         asked = [row for row in rows if row["half_life"]]

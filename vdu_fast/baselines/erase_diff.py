@@ -46,10 +46,10 @@ class EraseDiffSettings(TrainingSettings):
         barrier: b.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     inner_steps: int = 2
     inner_learning_rate: float = 1e-2
-    barrier: float = 3.0
+    barrier: float = 0.03
 
 
 def multiplier(gap: float, barrier: float, retained: Tensor, wrong: Tensor) -> float:

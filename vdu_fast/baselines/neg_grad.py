@@ -23,7 +23,8 @@ from vdu_fast.baselines.training import TrainingSettings, denoising_loss, descen
 class NegGradSettings(TrainingSettings):
     """Settings of NegGrad, see `TrainingSettings`."""
 
-    steps: int | None = 10
+    steps: int | None = 50
+    learning_rate: float = 3e-5
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class NegGradPlusSettings(TrainingSettings):
         retained_weight: a.
     """
 
-    retained_weight: float = 4.0
+    learning_rate: float = 3e-4
+    retained_weight: float = 2.0
 
 
 def _ascend(run: MethodRun) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class VduSettings(TrainingSettings):
         gamma: weight of the KL term, in [0, 1).
     """
 
-    steps: int | None = 10
-    gamma: float = 0.5
+    steps: int | None = 50
+    learning_rate: float = 3e-5
+    gamma: float = 0.9
 
 
 def _train(run: MethodRun) -> dict[str, Any]:
