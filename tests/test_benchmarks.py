@@ -165,7 +165,12 @@ class TestProtocol:
         _, drawn = bench.base.classifier.embed_and_classify(bench.base.original_samples[:20])
         label = int(drawn.bincount().argmax())  # one that the model draws
         bench.protocol = replace(
-            small, classes=(label,), shared_classes=(label,), study_classes=(label,), sequence=(label,)
+            small,
+            classes=(label,),
+            shared_classes=(label,),
+            persistent_classes=(label,),
+            study_classes=(label,),
+            sequence=(label,),
         )
         return bench
 

@@ -149,6 +149,38 @@ class TestRuns:
         assert set(record["metrics"]) >= {"pul", "u_fid", "kid", "recall", "shares"}
         assert record["metrics"]["classifier"]["seed"] == CONFIG.classifier_seed
 
+    def test_fewer_forget_images_are_other_ones_for_every_seed(self, comparison, monkeypatch):
+        label = drawn(comparison)
+        few = replace(comparison, forget_images=8)
+        assert len(few.forget_of(label, 0)) == 8
+        assert not torch.equal(few.forget_of(label, 0), few.forget_of(label, 1))
+        assert torch.equal(few.forget_of(label, 0), few.forget_of(label, 0))
+        assert few.budget(label) == evaluations_of_unlearn(OURS, 8) < comparison.budget(label)
+        jobs = plan(["neg_grad"], [label], 1)
+        (everything,) = run_all(comparison, jobs)
+        assert everything["forget_images"] == len(comparison.train.only(label))
+        made = counting(monkeypatch)
+        (record,) = run_all(few, jobs)
+        assert made == jobs
+        assert record["forget_images"] == 8
+
+    def test_more_forget_images_than_there_are_is_all(self, comparison):
+        label = drawn(comparison)
+        assert len(replace(comparison, forget_images=10_000).forget_of(label, 0)) == len(comparison.train.only(label))
+
+    def test_no_forget_images_are_refused(self, comparison):
+        with pytest.raises(InputError, match="forget_images: got 0"):
+            replace(comparison, forget_images=0)
+
+    def test_comparisons_of_one_model_share_what_they_can(self, comparison, monkeypatch):
+        label = drawn(comparison)
+        monkeypatch.setattr("vdu_fast.comparison.train_classifier", None)
+        monkeypatch.setattr("vdu_fast.comparison.sample_images", None)
+        elsewhere = replace(comparison, output=comparison.output / "b", shared=comparison.output / "shared")
+        (record,) = run_all(elsewhere, plan(["neg_grad"], [label], 1))
+        assert elsewhere.path(Job(label, "neg_grad", 0)).is_file()
+        assert record["metrics"]["pul"] is not None
+
     def test_judge_and_original_samples_are_made_once(self, comparison, monkeypatch):
         label = drawn(comparison)
         monkeypatch.setattr("vdu_fast.comparison.train_classifier", None)
