@@ -154,6 +154,28 @@ def test_numbers_that_are_absent_do_not_appear(tmp_path: Path) -> None:
     print_summary(metrics, console)
 
 
+def test_the_page_shows_the_other_distances_and_whether_it_stays_forgotten(tmp_path: Path) -> None:
+    evaluation = example()
+    sides = {"before": 0.5, "after": 0.875, "oracle": 0.75}
+    evaluation.metrics.update({name: dict(sides) for name in ("kid", "recall")}, precision={"before": 0.5})
+    lives = {"images": 8, "counts": [1, 9], "half_life": 33.0}
+    evaluation.metrics["persistence"] = {
+        "relearning": {"samples": 200, "before": 20, "steps": [0, 80], "forget": lives, "unrelated": lives},
+        "inversion": {"before": 0.98, "after": 0.25},
+    }
+    write(tmp_path, evaluation=evaluation)
+    page = (tmp_path / "report.html").read_text()
+    row = re.search(r"<tr><td>Recall</td>.*</tr>", page)
+    assert row is not None
+    assert "0.50" in row[0]
+    assert "0.88" in row[0]
+    assert "Oracle: 0.75" in row[0]
+    assert "KID" in page
+    assert "<td>Precision</td>" not in page  # nothing was measured after
+    assert "after 33 steps" in page
+    assert "1 -&gt; 9 of 20 in 200 samples" in page
+
+
 def test_forgotten_samples_are_framed() -> None:
     evaluation = example()
     grid = report._pair_grid(evaluation, torch.tensor([0, 1]))

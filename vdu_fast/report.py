@@ -325,6 +325,7 @@ def render_html(metrics: Mapping[str, Any], pictures: Mapping[str, bytes], title
         title=title,
         m=metrics,
         verdict=judge(metrics),
+        persistence=list(persistence_rows(metrics.get("persistence"))),
         goals={"pul": GOOD_PUL, "u_fid": GOOD_U_FID, "kept": GOOD_KEPT},
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         settings=[*_rows(metrics["settings"]), ("seed", str(metrics["seed"]))],

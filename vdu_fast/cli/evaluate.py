@@ -41,7 +41,7 @@ class EvaluateFiles:
         overwrite: accept an output folder that is not empty.
         resize: bring every picture to N x N pixels first.
         image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
-        persistence: also measure whether the class stays forgotten, for metrics.json and the summary.
+        persistence: also measure whether the class stays forgotten.
     """
 
     before: str
