@@ -120,7 +120,7 @@ class TestTuneMethods:
 
         def row(changes, digit, pul):
             key = tuning.run_key("ours", changes, digit, which.evaluation)
-            return {"key": key, "pul": pul, "u_fid": "2", "oracle": "1", "original": "5"}
+            return {"key": key, "pul": pul, "u_fid": "2", "oracle": "1", "original": "5", "floor": ""}
 
         found = [row(tries[0], 0, "100"), row(tries[0], 4, "90"), row(tries[1], 0, "100")]
         monkeypatch.setattr(tuning, "rows", lambda path: found)
