@@ -51,10 +51,10 @@ bench: install ## measure on the CPU against the budgets; fails when one is miss
 bench-calls: install ## what one call of every op costs on small tensors, by pytest-benchmark
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/calls.py --benchmark-columns=median,iqr,rounds
 
-protocol-digits: install ## compare all methods on the digits, with all studies (an hour on 2 cores; goes on where it was)
+protocol-digits: install ## compare all methods on the digits, with all studies (an hour and a half on 2 cores; resumable)
 	@$(BIN)/python benchmarks/protocol.py digits
 
-protocol-fashion: install ## the same on Fashion-MNIST at 16 x 16 (under 4 hours; FASHION=its folder)
+protocol-fashion: install ## the same on Fashion-MNIST at 16 x 16 (some hours; FASHION=its folder)
 	@$(BIN)/python benchmarks/protocol.py fashion_mnist --data $(FASHION)
 
 gpu: ## on a machine with a GPU: build, run the tests marked gpu, and measure there
