@@ -100,6 +100,12 @@ def classes_markdown(records: Sequence[Record]) -> str:
     )
 
 
+_POSTERIORS = (
+    " Posteriors of 2 to 30 checkpoints are of one further training run of the same recipe, and the Fisher one is of its "
+    "last model."
+)
+
+
 def studies_markdown(studies: Mapping[str, Sequence[Record]], sequences: Sequence[Mapping[str, Any]]) -> str:
     """What changes with the number of forget images and with the posterior, and over requests in turn."""
     names = list(dict.fromkeys(record["class"] for runs in studies.values() for record in runs))
@@ -116,8 +122,8 @@ def studies_markdown(studies: Mapping[str, Sequence[Record]], sequences: Sequenc
     ]
     head = ["ours with", "runs", "PUL", "lowest PUL", "u-FID / oracle", "least kept"]
     parts = [
-        f"Classes {', '.join(names)}; mean ± standard error over classes and seeds. Posteriors of 2 to 30 checkpoints "
-        "are of one further training run of the same recipe, and the Fisher one is of its last model.",
+        f"Classes {', '.join(names)}; mean ± standard error over classes and seeds."
+        + (_POSTERIORS if any("checkpoint" in name for name in studies) else ""),
         "",
         table(head, rows),
         "",
