@@ -101,8 +101,8 @@ def classes_markdown(records: Sequence[Record]) -> str:
 
 
 _POSTERIORS = (
-    " Posteriors of 2 to 30 checkpoints are of one further training run of the same recipe, and the Fisher one is of its "
-    "last model."
+    " Posteriors of 2 to 30 checkpoints are of one further training run of the same recipe, and the Fisher one is of "
+    "its last model."
 )
 
 
