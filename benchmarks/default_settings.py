@@ -28,7 +28,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import load_images
 from vdu_fast.demo import shipped_model
 from vdu_fast.evaluation import EvaluationConfig, evaluate
-from vdu_fast.pipelines import denoiser_of, load_pipeline
+from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
 from vdu_fast.sampling import sample_images
 from vdu_fast.unlearner import unlearn
 
@@ -121,6 +121,19 @@ class Bench:
         made_from = [fingerprint(self.original.module), *(getattr(config, name) for name in BANK_FIELDS)]
         return CACHE / f"digits-bank-{short_digest(made_from)}.safetensors"
 
+    def metrics(self, denoiser: Denoiser, digit: int) -> dict[str, Any]:
+        """What `evaluate` finds of a model that was to forget the digit."""
+        return evaluate(
+            self.original,
+            denoiser,
+            train=self.train,
+            heldout=self.heldout,
+            forget=digit,
+            config=self.config,
+            classifier=self.classifier,
+            original_samples=self.samples,
+        ).metrics
+
     def run(self, changes: dict[str, Any], digit: int) -> dict[str, Any]:
         """Unlearn and evaluate one digit under one setting."""
         pipeline, config = load_pipeline(self.model), settings(changes)
@@ -131,16 +144,7 @@ class Bench:
             config=config,
             bank=self._bank(config),
         )
-        metrics = evaluate(
-            self.original,
-            denoiser_of(pipeline),
-            train=self.train,
-            heldout=self.heldout,
-            forget=digit,
-            config=self.config,
-            classifier=self.classifier,
-            original_samples=self.samples,
-        ).metrics
+        metrics = self.metrics(denoiser_of(pipeline), digit)
         u_fid = metrics["u_fid"]
         return {
             "digit": digit,

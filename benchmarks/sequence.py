@@ -6,8 +6,6 @@ weights of now and a new replay bank, drawn by the model of now.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -22,6 +20,7 @@ from vdu_fast.checkpoint import write_json_atomic
 from vdu_fast.classifier import frechet_distance
 from vdu_fast.comparison import Comparison
 from vdu_fast.evaluation import percentage_unlearned
+from vdu_fast.records import digest, read_record
 from vdu_fast.report import plain
 from vdu_fast.sampling import sample_images
 
@@ -29,10 +28,10 @@ from vdu_fast.sampling import sample_images
 def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, Any]:
     """Forget the classes in turn; PUL of each so far and u-FID after every request, written to a file of its own."""
     decides = [list(labels), seed, asdict(comparison.settings_of("ours")), comparison.made_from]
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    key = digest(decides)
     names = [comparison.train.class_names[label] for label in labels]
     path = comparison.output / "runs" / f"sequence-{'-'.join(names)}-seed-{seed}.json"
-    if path.is_file() and (record := json.loads(path.read_text()))["key"] == key:
+    if (record := read_record(path, key)) is not None:
         return record
     config, method = comparison.config, get_method("ours")
     how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from vdu_fast.benchmarks.ledger import append, commit, rows
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.evaluation import EvaluationConfig, evaluate
+from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.sweeping import Point, Setting, Sweep, SweepConfig, choose
 from vdu_fast.unlearner import Observers, check_inputs
 from vdu_fast.unlearning_run import UnlearningRun
@@ -44,16 +44,7 @@ class JudgedSweep(Sweep):
     def states(self, setting: Setting) -> Iterator[tuple[UnlearningRun, int]]:
         self.truth: dict[int, dict[str, float]] = {}
         for run, steps in super().states(setting):
-            metrics = evaluate(
-                self.bench.original,
-                self.worker,
-                train=self.bench.train,
-                heldout=self.bench.heldout,
-                forget=self.digit,
-                config=self.bench.config,
-                classifier=self.bench.classifier,
-                original_samples=self.bench.samples,
-            ).metrics
+            metrics = self.bench.metrics(self.worker, self.digit)
             after, oracle = metrics["u_fid"]["after"], metrics["u_fid"]["oracle"]
             values = (metrics["pul"], after, oracle, after / oracle, metrics["shares"]["kept_ratio_min"])
             self.truth[steps] = dict(zip(TRUTH, values, strict=True))

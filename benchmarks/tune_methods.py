@@ -36,7 +36,7 @@ from vdu_fast.checkpoint import write_bytes_atomic
 from vdu_fast.comparison import read_pretraining
 from vdu_fast.comparison_report import OURS, styles_of
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.evaluation import EvaluationConfig, evaluate
+from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.figures import BEFORE, FAINT, FLOOR, INK, ORACLE, new_figure, png, tidy
 from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
@@ -145,16 +145,7 @@ def measure(bench: Bench, name: str, changes: dict[str, Any], digit: int) -> dic
         seed=SEED,
         settings=method.settings(**changes),
     )
-    metrics = evaluate(
-        bench.original,
-        denoiser,
-        train=bench.train,
-        heldout=bench.heldout,
-        forget=digit,
-        config=bench.config,
-        classifier=bench.classifier,
-        original_samples=bench.samples,
-    ).metrics
+    metrics = bench.metrics(denoiser, digit)
     return {
         "pul": round(metrics["pul"], 3),
         "u_fid": round(metrics["u_fid"]["after"], 3),

@@ -37,6 +37,7 @@ from vdu_fast.persistence import PersistenceConfig, check_count, measure_persist
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
+from vdu_fast.records import digest, read_record
 from vdu_fast.report import plain, software_versions
 from vdu_fast.sampling import sample_images
 
@@ -153,7 +154,7 @@ class Comparison:
             decides.append({"forget_images": self.forget_images})
         if job.method == "retrain" and self.pretraining is not None:
             decides.append(asdict(self.pretraining))
-        return _digest(decides)
+        return digest(decides)
 
     def path(self, job: Job) -> Path:
         """The file of a run."""
@@ -172,19 +173,12 @@ class Comparison:
 
     def _evaluated(self, job: Job) -> dict[str, Any] | None:
         """The record of a run of which unlearning and evaluation, at least, were made under the settings of now."""
-        path = self.path(job)
-        if not path.is_file():
-            return None
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"--output: {path} is not readable JSON ({error}). Remove it to have it made.") from error
-        return record if record.get("key") == self.key(job) else None
+        return read_record(self.path(job), self.key(job))
 
     @cached_property
     def classifier(self) -> ImageClassifier:
         """The judge, trained on the training images when it is not in the output folder."""
-        made_from = _digest([self.made_from["data"], self.config.classifier_seed])
+        made_from = digest([self.made_from["data"], self.config.classifier_seed])
         path = self._shared / f"classifier-{made_from}.safetensors"
         if not path.is_file():
             train_classifier(self.train, seed=self.config.classifier_seed).save(path)
@@ -195,7 +189,7 @@ class Comparison:
         """What the original model draws, from the output folder when it is there."""
         config, count = self.config, int(_SPARE_SAMPLES * self.config.samples)
         how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
-        path = self._shared / f"samples-{_digest([self.made_from['model'], count, how])}.safetensors"
+        path = self._shared / f"samples-{digest([self.made_from['model'], count, how])}.safetensors"
         if not path.is_file():
             save_tensors(path, {"images": sample_images(self.original, count, **how)})
         return load_tensors(path)[0]["images"]
@@ -358,7 +352,3 @@ def _end_with_parent() -> None:
 def _run_in_process(job: Job) -> dict[str, Any]:
     assert _comparison is not None
     return _comparison.run(job)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,8 +7,6 @@ other settings is read, not run again.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from vdu_fast.errors import InputError
 from vdu_fast.filters import check_positive_unlabelled
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.records import digest, read_record
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream
 from vdu_fast.sampling import sample_images, sampler_for
@@ -127,7 +126,7 @@ class Sweep:
         self._model = fingerprint(self.original.module)
         config = job.config
         made_from = [self._model, config.replay_samples, config.replay_sampler_steps, config.replay_states, config.seed]
-        self.bank_file = bank or output / f"bank-{_digest(made_from)}.safetensors"
+        self.bank_file = bank or output / f"bank-{digest(made_from)}.safetensors"
 
     @cached_property
     def bank(self) -> ReplayBank:
@@ -162,7 +161,7 @@ class Sweep:
         """What the original model draws, from the output folder when it is there."""
         count = ORIGINAL_SAMPLES * self.grid.samples
         made_from = [self._model, count, self.grid.sampler_steps, self.grid.sample_seed]
-        path = self.output / f"samples-{_digest(made_from)}.safetensors"
+        path = self.output / f"samples-{digest(made_from)}.safetensors"
         if not path.is_file():
             self.job.observers.say(f"drawing {count} images from the model to compare with")
             save_tensors(path, {"images": self._draw(self.original, count)})
@@ -200,18 +199,11 @@ class Sweep:
 
     def key(self, setting: Setting) -> str:
         """A digest of all that decides the measurements of a setting."""
-        return _digest([asdict(setting), self._made_from])
+        return digest([asdict(setting), self._made_from])
 
     def finished(self, setting: Setting) -> dict[str, Any] | None:
         """The record of a setting that was measured under the inputs of now, or None."""
-        path = self.path(setting)
-        if not path.is_file():
-            return None
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"--output: {path} is not readable JSON ({error}). Remove it to have it made.") from error
-        return record if record.get("key") == self.key(setting) else None
+        return read_record(self.path(setting), self.key(setting))
 
     def run_all(self, settings: Sequence[Setting], progress: SweepProgress) -> list[dict[str, Any]]:
         """The records of the settings, in their order; those that are finished are read, not made again."""
@@ -295,7 +287,3 @@ def describe(record: dict[str, Any]) -> str:
         return f"{record['name']}: failed"
     last = Point(**record["points"][-1])
     return f"{record['name']}: estimated PUL {last.pul:.1f}, kept distance x {last.ratio:.2f}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

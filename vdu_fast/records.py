@@ -1,0 +1,30 @@
+"""Results that are kept in a JSON file each, under a digest of all that decides them: what stands is not made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vdu_fast.errors import InputError
+
+
+def digest(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_record(path: Path, key: str) -> dict[str, Any] | None:
+    """The record in a file of the output folder, or None where there is none or it was made under another key.
+
+    Raises:
+        InputError: the file is not readable JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"--output: {path} is not readable JSON ({error}). Remove it to have it made.") from error
+    return record if record.get("key") == key else None
