@@ -10,7 +10,6 @@ decides that is every setting in force, not the name: a row of other defaults do
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vdu_fast.benchmarks.ledger import append, commit, rows
+from vdu_fast.benchmarks.ledger import STAMP, append, rows, stamp
 from vdu_fast.checkpoint import fingerprint, load_tensors, save_tensors
 from vdu_fast.classifier import ImageClassifier, train_classifier
 from vdu_fast.config import UnlearnConfig
@@ -66,8 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 COLUMNS = [
     "setting", "changes", "digit", "pul", "u_fid", "oracle", "ratio", "original", "kept_min", "forget_loss_ratio",
-    "retained_loss_ratio", "dropped", "seconds", "samples", "sampler_steps", "threads", "torch", "commit", "date",
-    "key",
+    "retained_loss_ratio", "dropped", "seconds", *STAMP, "key",
 ]  # fmt: skip
 
 # Where a bank comes from; the other settings do not change it.
@@ -188,17 +186,8 @@ def measure_missing(settings: Iterable[str], digits: Iterable[int], evaluation: 
         if any(row["key"] == key for row in rows(RESULTS)):
             continue
         bench = bench or Bench(evaluation)
-        stamp = {
-            "samples": evaluation.samples,
-            "sampler_steps": evaluation.sampler_steps,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
-            "key": key,
-        }
-        row = {"setting": setting, "changes": json.dumps(changes), **bench.run(changes, digit), **stamp}
-        append(RESULTS, COLUMNS, row)
+        row = {"setting": setting, "changes": json.dumps(changes), **bench.run(changes, digit), **stamp(evaluation)}
+        append(RESULTS, COLUMNS, row | {"key": key})
         print(setting, row, flush=True)
 
 

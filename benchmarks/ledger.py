@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from vdu_fast.evaluation import EvaluationConfig
+
+# What `stamp` gives.
+STAMP = ["samples", "sampler_steps", "threads", "torch", "commit", "date"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +36,12 @@ def append(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def stamp(evaluation: EvaluationConfig) -> dict[str, Any]:
+    """How, with what and when a row was measured."""
+    values = (evaluation.samples, evaluation.sampler_steps, torch.get_num_threads(), torch.__version__, commit())
+    return dict(zip(STAMP, (*values, datetime.date.today().isoformat()), strict=True))
 
 
 def commit() -> str:

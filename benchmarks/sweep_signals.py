@@ -9,7 +9,6 @@ a row already is skipped, so it can be stopped and started again.
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from default_settings import CACHE, EVALUATION_SEED, Bench
 from scipy.stats import spearmanr
 
-from vdu_fast.benchmarks.ledger import append, commit, rows
+from vdu_fast.benchmarks.ledger import STAMP, append, rows, stamp
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.sweeping import Point, Setting, Sweep, SweepConfig, choose
@@ -32,7 +31,7 @@ LEAST_PUL, MOST_RATIO = 99.0, 1.25
 
 SIGNALS = [field.name for field in fields(Point)]
 TRUTH = ["true_pul", "u_fid", "oracle", "u_fid_ratio", "kept_min"]
-COLUMNS = ["digit", *SIGNALS, *TRUTH, "samples", "sampler_steps", "torch", "commit", "date", "key"]
+COLUMNS = ["digit", *SIGNALS, *TRUTH, *STAMP, "key"]
 
 
 class JudgedSweep(Sweep):
@@ -61,20 +60,13 @@ def measure_missing(digit: int, evaluation: EvaluationConfig) -> None:
     output.mkdir(exist_ok=True)
     sweep = JudgedSweep(job, GRID, output, None)
     sweep.bench, sweep.digit = bench, digit
-    stamp = {
-        "samples": evaluation.samples,
-        "sampler_steps": evaluation.sampler_steps,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
     for setting in GRID.settings():
         key = sweep.key(setting)
         if any(row["key"] == key and row["samples"] == str(evaluation.samples) for row in rows(RESULTS)):
             continue
         for point in sweep.run(setting)["points"]:
             truth = sweep.truth[point["steps"]]
-            row = {"digit": digit, **point, **truth, **stamp, "key": key}
+            row = {"digit": digit, **point, **truth, **stamp(evaluation), "key": key}
             shown = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
             append(RESULTS, COLUMNS, shown)
             print(digit, setting.name, point["steps"], point["pul"], point["ratio"], truth, flush=True)

@@ -17,7 +17,6 @@ of these (barrier 1 at 1e-4 and 3e-4) gave way to lower barriers.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ from default_settings import EVALUATION_SEED, Bench, short_digest
 from vdu_fast.baselines import get_method
 from vdu_fast.baselines.budget import evaluations_of_unlearn
 from vdu_fast.baselines.method import MethodInputs, run_method
-from vdu_fast.benchmarks.ledger import append, commit, rows
+from vdu_fast.benchmarks.ledger import STAMP, append, rows, stamp
 from vdu_fast.checkpoint import write_bytes_atomic
 from vdu_fast.comparison import read_pretraining
 from vdu_fast.comparison_report import OURS, styles_of
@@ -117,8 +116,7 @@ SIDES = {"oracle": "oracle", "original": "original model", "floor": "real held-o
 
 COLUMNS = [
     "method", "digit", "changes", "pul", "u_fid", "oracle", "original", "floor", "kept_min", "retained_loss_ratio",
-    "evaluations", "budget", "steps", "seconds", "samples", "sampler_steps", "threads", "torch", "commit", "date",
-    "key",
+    "evaluations", "budget", "steps", "seconds", *STAMP, "key",
 ]  # fmt: skip
 
 
@@ -193,17 +191,9 @@ def measure_missing(which: Round, jobs: list[tuple[str, dict[str, Any], int]]) -
         if any(row["key"] == key for row in rows(RESULTS)):
             continue
         bench = bench or Bench(which.evaluation)
-        stamp = {
-            "samples": which.samples,
-            "sampler_steps": which.evaluation.sampler_steps,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
-            "key": key,
-        }
         result = measure(bench, name, changes, digit)
-        append(RESULTS, COLUMNS, {"method": name, "digit": digit, "changes": json.dumps(changes), **result, **stamp})
+        row = {"method": name, "digit": digit, "changes": json.dumps(changes), **result, **stamp(which.evaluation)}
+        append(RESULTS, COLUMNS, row | {"key": key})
         print(name, digit, changes, *(f"{k} {result[k]}" for k in ("pul", "u_fid", "kept_min", "seconds")), flush=True)
 
 
