@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 
 import torch
 
@@ -31,8 +32,8 @@ def main() -> None:
     posterior = GaussianPosterior.load(model / "posterior.safetensors")
     original = denoiser_of(load_pipeline(model))
     bank = build_bank(original, config.replay_samples)
-    keep, _ = positive_unlabelled_filter(original, bank.images, images.images)
-    bank = bank.keep(keep)
+    found = positive_unlabelled_filter(original, bank.images, images.images)
+    bank = replace(bank, likeness=found.likeness).keep(found.keep)
     seconds: dict[str, list[float]] = {"reference": [], "cpu": []}
     weights: dict[str, torch.Tensor] = {}
     for _ in range(repeats):

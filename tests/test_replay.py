@@ -112,12 +112,12 @@ def test_more_states_than_steps_are_refused(tiny_denoiser, states):
         build_bank(tiny_denoiser, 2, sampler_steps=5, states=states)
 
 
-def numbered_bank(count: int = 7, states: int = 3) -> ReplayBank:
+def numbered_bank(count: int = 7, states: int = 3, likeness: torch.Tensor | None = None) -> ReplayBank:
     """A bank whose values say where they come from: image i, state s is 10 i + s."""
     value = (torch.arange(count)[:, None] * 10 + torch.arange(states)).float()
     x_t = value[..., None, None, None].expand(count, states, *SHAPE).clone()
     images = torch.arange(count).float()[:, None, None, None].expand(count, *SHAPE).clone()
-    return ReplayBank(images, x_t, value.long(), -x_t, {"model": "none"})
+    return ReplayBank(images, x_t, value.long(), -x_t, {"model": "none"}, likeness)
 
 
 def test_a_batch_keeps_state_timestep_and_prediction_together():
@@ -180,3 +180,44 @@ def test_a_file_that_is_no_bank_is_refused(tmp_path):
     save_file({"images": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(InputError, match=r"x\.safetensors is not a replay bank; remove it or name another"):
         ReplayBank.load(tmp_path / "x.safetensors")
+
+
+class TestFocus:
+    """A share of a batch comes from the quarter of the bank that is most like what must go."""
+
+    LIKENESS = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.2, 0.0, 0.4, 0.5])
+
+    def images(self, step: int, focus: float, likeness: torch.Tensor | None = LIKENESS) -> torch.Tensor:
+        bank = numbered_bank(8, likeness=likeness)
+        x_t, timesteps, predictions = bank.batch(8, step, 5, focus=focus)
+        assert torch.equal(predictions, -x_t)
+        assert torch.equal(x_t[:, 0, 0, 0].long(), timesteps)
+        return timesteps // 10
+
+    def test_the_nearest_quarter_is_that_of_the_greatest_likeness(self):
+        assert numbered_bank(8, likeness=self.LIKENESS).nearest.tolist() == [1, 3]
+        assert numbered_bank(5, likeness=self.LIKENESS[:5]).nearest.tolist() == [1, 3]  # never fewer than a quarter
+
+    @pytest.mark.parametrize(("focus", "near"), [(0.0, 0), (0.5, 4), (0.6, 5), (1.0, 8)])
+    def test_the_share_comes_from_the_nearest_and_the_rest_from_all(self, focus, near):
+        batches = torch.stack([self.images(step, focus) for step in range(8)])
+        chosen, rest = batches[:, 8 - near :], batches[:, : 8 - near]
+        assert set(chosen.flatten().tolist()) <= {1, 3}
+        assert chosen.eq(1).sum() == chosen.eq(3).sum()  # all of them once before any comes again
+        if near < 8:
+            assert set(rest.flatten().tolist()) == set(range(8))
+
+    def test_without_focus_or_likeness_all_are_alike(self):
+        plain = numbered_bank(8).batch(8, 3, 5)[1] // 10
+        assert torch.equal(self.images(3, 0.0), plain)
+        assert torch.equal(self.images(3, 0.5, likeness=None), plain)
+        assert sorted(plain.tolist()) == list(range(8))
+
+    def test_what_is_kept_keeps_its_likeness(self):
+        kept = numbered_bank(8, likeness=self.LIKENESS).keep(self.LIKENESS < 0.85)
+        assert torch.equal(kept.likeness, self.LIKENESS[self.LIKENESS < 0.85])
+        assert kept.images[kept.nearest].flatten(1)[:, 0].tolist() == [3.0, 7.0]
+
+    def test_a_saved_bank_has_no_likeness_for_it_serves_every_request(self, tmp_path):
+        numbered_bank(8, likeness=self.LIKENESS).save(tmp_path / "bank.safetensors")
+        assert ReplayBank.load(tmp_path / "bank.safetensors").likeness is None

@@ -247,6 +247,9 @@ def test_stream_numbers_are_frozen():
         "FISHER": 7,
         "PROBE": 8,
         "SPLIT": 9,
+        "BANK": 10,
+        "SWEEP": 11,
+        "REPLAY_FOCUS": 12,
     }
     assert frozen.items() <= {stream.name: int(stream) for stream in Stream}.items()
     assert len({int(stream) for stream in Stream}) == len(Stream.__members__)

@@ -96,7 +96,7 @@ def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Te
     b = 0.5 * z.square().sum() / (1 if total else z.numel())
     loss = -(1 - config.gamma) * a + config.gamma * b
     if run.bank is not None:
-        x, s, old_prediction = run.bank.batch(config.replay_batch_size, step, config.seed)
+        x, s, old_prediction = run.bank.batch(config.replay_batch_size, step, config.seed, focus=config.replay_focus)
         distance = error(network, x.double(), s, old_prediction.double()).mean()
         loss = loss + config.replay_weight * distance * (T * elements if total else 1)
     return loss

@@ -52,6 +52,8 @@ class UnlearnConfig:
         replay_samples: trajectories in a new bank.
         replay_sampler_steps: sampler steps of a new bank.
         replay_states: states kept of each trajectory.
+        replay_focus: share of the replayed states of a step, in [0, 1], that comes from the quarter of the bank which
+            the filter finds most like what must go: that pays most for it. The rest comes from all; 0 is no focus.
         bank_filter: how the unwanted is kept out of the bank: "positive_unlabelled" needs nothing but the forget
             images, "classifier" uses one you give, "none" keeps everything.
         feature_module: name of the submodule whose output the positive_unlabelled filter reads; null finds mid_block.
@@ -100,6 +102,7 @@ class UnlearnConfig:
     replay_samples: int = 1000
     replay_sampler_steps: int = 50
     replay_states: int = 10
+    replay_focus: float = 0.5
     bank_filter: BankFilter = "positive_unlabelled"
     feature_module: str | None = None
     max_dropped: float = 0.5
@@ -152,6 +155,11 @@ class UnlearnConfig:
             raise InputError(f"target_ratio must be above 1, the forget loss at the start, got {self.target_ratio}.")
         if not (math.isfinite(self.replay_weight) and self.replay_weight >= 0):
             raise InputError(f"replay_weight must be 0 or a positive number, got {self.replay_weight}.")
+        if not 0 <= self.replay_focus <= 1:
+            raise InputError(
+                f"replay_focus must be in [0, 1], the share of a replay batch that is like what must go, got "
+                f"{self.replay_focus}."
+            )
         if not 0 <= self.anneal <= 1:
             raise InputError(f"anneal must be in [0, 1], the share of the steps that is annealed, got {self.anneal}.")
         if not 0 <= self.momentum < 1:

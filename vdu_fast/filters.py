@@ -1,7 +1,8 @@
 """Keeping what must go out of the replay bank: by a given classifier, or from the forget images alone.
 
 What is left of the unwanted in the bank is what the function-space term teaches the model to keep, so this decides how
-completely it is forgotten. What is dropped by mistake only makes the bank smaller, as long as it is not much.
+completely it is forgotten. What is dropped by mistake only makes the bank smaller, as long as it is not much. The
+scores are kept, too: they say which of the rest is most like what must go, and pays most for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,21 @@ ROUNDS = 3
 LOGISTIC_C = 0.003
 # Held-out forget images further than this many (robust) standard deviations below their median are given up.
 TOLERANCE = 3.5
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What a filter says of a bank of N images.
+
+    Attributes:
+        keep: bool [N], true where the image stays.
+        likeness: float [N], how much the image looks like what must go, on any scale; None where nothing tells.
+        report: what was done.
+    """
+
+    keep: Tensor
+    likeness: Tensor | None
+    report: FilterReport
 
 
 @dataclass
@@ -52,7 +68,7 @@ class FilterReport:
 
 def classifier_filter(
     images: Tensor, classifier: nn.Module, forget_label: int, *, max_dropped: float = 0.5, batch_size: int = 250
-) -> tuple[Tensor, FilterReport]:
+) -> Filtered:
     """Drop the images that a classifier assigns to the forgotten class, or gives it a probability of 5% or more.
 
     Args:
@@ -61,9 +77,6 @@ def classifier_filter(
         forget_label: index of the forgotten class.
         max_dropped: at most this share of the images is dropped, the most probable first.
         batch_size: images per call of the classifier.
-
-    Returns:
-        bool [N], true where the image stays, and the report.
     """
     device = next(classifier.parameters()).device
     classifier.eval()
@@ -76,7 +89,8 @@ def classifier_filter(
     probability, assigned = logits.softmax(dim=1)[:, forget_label], logits.argmax(dim=1) == forget_label
     suspected, limited = _at_most(max_dropped, (probability >= 0.05) | assigned, probability)
     share = float(assigned.float().mean())
-    return ~suspected, FilterReport("classifier", len(images), int(suspected.sum()), share, limited)
+    report = FilterReport("classifier", len(images), int(suspected.sum()), share, limited)
+    return Filtered(~suspected, probability, report)
 
 
 def _at_most(share: float, suspected: Tensor, scores: Tensor) -> tuple[Tensor, bool]:
@@ -97,7 +111,7 @@ def positive_unlabelled_filter(
     feature_module: str | None = None,
     max_dropped: float = 0.5,
     batch_size: int = 250,
-) -> tuple[Tensor, FilterReport]:
+) -> Filtered:
     """Drop the replayed images that look like the forget images to the network itself.
 
     Features are channel means and standard deviations of the network's middle block. A logistic regression of the
@@ -115,9 +129,6 @@ def positive_unlabelled_filter(
         max_dropped: at most this share of the bank is dropped, the best-scored first.
         batch_size: images per network call.
 
-    Returns:
-        bool [N], true where the image stays, and the report.
-
     Raises:
         InputError: too few forget images, or no such submodule.
     """
@@ -130,7 +141,7 @@ def positive_unlabelled_filter(
     scores = fit.score(bank)
     suspected, limited = _at_most(max_dropped, scores >= median - TOLERANCE * spread, scores)
     report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), fit.share, limited)
-    return ~suspected, report
+    return Filtered(~suspected, scores, report)
 
 
 def check_positive_unlabelled(denoiser: Denoiser, forget_images: Tensor, feature_module: str | None) -> nn.Module:

@@ -2,6 +2,9 @@
 
 Sampling the old model passes through states x_t at which it made predictions; both are kept, so that the function-space
 term needs neither real data nor a copy of the old network. A bank belongs to one model and serves every request.
+
+What is most like the forgotten loses most when it goes, and is a small part of what the model draws. So a share of
+every batch is drawn from the quarter of the images that the filter found most like it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +29,9 @@ from vdu_fast.sampling import sample_images
 
 logger = logging.getLogger(__name__)
 
+# The part of a bank that a focused batch takes its share from.
+NEAREST = 0.25
+
 
 @dataclass
 class ReplayBank:
@@ -36,6 +43,7 @@ class ReplayBank:
         timesteps: int64 [N, S], their schedule indices.
         predictions: float [N, S, C, H, W], what the old model predicted there.
         made_from: fingerprint of the model, and the sampler's settings.
+        likeness: float [N], how much an image looks like what must go; of one request, and not saved. None: unknown.
     """
 
     images: Tensor
@@ -43,19 +51,44 @@ class ReplayBank:
     timesteps: Tensor
     predictions: Tensor
     made_from: dict[str, str]
+    likeness: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def keep(self, mask: Tensor) -> ReplayBank:
         """The bank with only the trajectories where `mask`, bool [N], is true."""
-        return ReplayBank(
-            self.images[mask], self.x_t[mask], self.timesteps[mask], self.predictions[mask], dict(self.made_from)
+        return replace(
+            self,
+            images=self.images[mask],
+            x_t=self.x_t[mask],
+            timesteps=self.timesteps[mask],
+            predictions=self.predictions[mask],
+            made_from=dict(self.made_from),
+            likeness=None if self.likeness is None else self.likeness[mask],
         )
 
-    def batch(self, size: int, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """States, timesteps and old predictions of minibatch `step`: every trajectory once before any comes again."""
-        rows = batch_indices(len(self), size, step, seed, stream=Stream.REPLAY_BATCH)
+    @cached_property
+    def nearest(self) -> Tensor:
+        """Numbers of the trajectories that end most like what must go, a quarter of all; all where nothing tells."""
+        if self.likeness is None:
+            return torch.arange(len(self))
+        return self.likeness.topk(math.ceil(NEAREST * len(self))).indices
+
+    def batch(self, size: int, step: int, seed: int, *, focus: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """States, timesteps and old predictions of minibatch `step`.
+
+        Args:
+            size: how many.
+            step, seed: a batch is a function of these.
+            focus: share of the batch, in [0, 1], that comes from `nearest`; the rest comes from all. Of both, every
+                trajectory comes once before any comes again.
+        """
+        near = round(focus * size) if self.likeness is not None else 0
+        rows = batch_indices(len(self), size - near, step, seed, stream=Stream.REPLAY_BATCH)
+        if near:
+            chosen = batch_indices(len(self.nearest), near, step, seed, stream=Stream.REPLAY_FOCUS)
+            rows = torch.cat((rows, self.nearest[chosen]))
         state = randint(self.x_t.shape[1], size, seed, step, stream=Stream.REPLAY_NOISE)
         return self.x_t[rows, state], self.timesteps[rows, state], self.predictions[rows, state]
 

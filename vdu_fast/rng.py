@@ -47,6 +47,7 @@ class Stream(IntEnum):
     SPLIT = 9
     BANK = 10  # not SAMPLER: a bank and an evaluation of one seed must not start from the same noise
     SWEEP = 11  # settings must not be chosen on the noise of any evaluation
+    REPLAY_FOCUS = 12
 
 
 def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -163,7 +164,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: Seed, *, stream: int
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch, place = position // n, position % n
     result = torch.empty(batch_size, dtype=torch.int64)
-    for e in range(int(epoch[0]), int(epoch[-1]) + 1):
+    for e in epoch.unique().tolist():
         inside = epoch == e
         result[inside] = _permutation(n, int(seed), e, int(stream))[place[inside]]
     return result

@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet, check_fits
 from vdu_fast.errors import InputError
 from vdu_fast.filters import (
+    Filtered,
     FilterReport,
     check_positive_unlabelled,
     classifier_filter,
@@ -284,22 +285,20 @@ def filter_bank(
 ) -> tuple[ReplayBank, FilterReport]:
     """The bank without what must go, and the filter's report; InputError where too little is left for a batch."""
     config, began = job.config, time.perf_counter()
-    keep, report = filtered(job, bank, classifier, forget_label)
+    found = filtered(job, bank, classifier, forget_label)
     job.seconds["filter"] = time.perf_counter() - began
-    kept = int(keep.sum())
-    job.observers.say(report.describe())
+    kept = int(found.keep.sum())
+    job.observers.say(found.report.describe())
     if kept < config.replay_batch_size:
         raise InputError(
             f"the filter left {kept} of {len(bank)} replayed images, fewer than replay_batch_size "
             f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
         )
-    return bank.keep(keep), report
+    return replace(bank, likeness=found.likeness).keep(found.keep), found.report
 
 
-def filtered(
-    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
-) -> tuple[Tensor, FilterReport]:
-    """Which images of a bank the filter of the settings keeps, bool [N], and its report."""
+def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:
+    """What the filter of the settings says of a bank."""
     config = job.config
     how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
     if config.bank_filter == "classifier":
@@ -310,7 +309,7 @@ def filtered(
         return positive_unlabelled_filter(
             job.denoiser, bank.images, job.images, feature_module=config.feature_module, **how
         )
-    return torch.ones(len(bank), dtype=torch.bool), FilterReport("none", len(bank), 0)
+    return Filtered(torch.ones(len(bank), dtype=torch.bool), None, FilterReport("none", len(bank), 0))
 
 
 def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:

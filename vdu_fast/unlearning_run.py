@@ -70,7 +70,7 @@ class UnlearningRun:
         self._replay_batch: Prefetcher | None = None
         if bank is not None:
             self._replay_batch = Prefetcher(
-                lambda draw: bank.batch(config.replay_batch_size, draw, config.seed),
+                lambda draw: bank.batch(config.replay_batch_size, draw, config.seed, focus=config.replay_focus),
                 denoiser.device,
                 enabled=config.prefetch,
             )

@@ -86,8 +86,7 @@ def own_samples(run: MethodRun) -> Tensor:
     images = sample_images(
         denoiser, settings.replay_samples, steps=settings.sampler_steps, seed=run.seed, stream=Stream.BANK
     )
-    keep, _ = positive_unlabelled_filter(denoiser, images, run.inputs.forget_images())
-    return images[keep]
+    return images[positive_unlabelled_filter(denoiser, images, run.inputs.forget_images()).keep]
 
 
 def _train(run: MethodRun) -> dict[str, Any]:

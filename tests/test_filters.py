@@ -1,0 +1,97 @@
+"""The filter drops from the bank what looks like the forget images, and says how much like them the rest looks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from tiny import build_tiny
+from torch import Tensor, nn
+
+from vdu_fast.errors import InputError
+from vdu_fast.filters import classifier_filter, positive_unlabelled_filter
+from vdu_fast.pipelines import Denoiser
+
+SHAPE = (1, 8, 8)
+
+
+def bars(count: int, column: float, seed: int) -> Tensor:
+    """Grey pictures with a bright upright bar around a column, each at another brightness and with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    bar = torch.exp(-((torch.arange(8.0) - column) ** 2) / 2)
+    brightness = 0.6 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
+    noise = 0.1 * torch.randn(count, *SHAPE, generator=generator)
+    return (brightness * bar + noise - 0.5).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    return Denoiser(build_tiny(hidden=32), DDPMScheduler(50), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def bank() -> Tensor:
+    """20 pictures of what must go (column 1), then 60 that are near it (column 3), then 120 that are not (column 6)."""
+    return torch.cat([bars(20, 1, 0), bars(60, 3, 1), bars(120, 6, 2)])
+
+
+FORGET, NEAR, FAR = slice(0, 20), slice(20, 80), slice(80, 200)
+
+
+def test_what_looks_like_the_forget_images_goes_and_nothing_else(denoiser, bank):
+    found = positive_unlabelled_filter(denoiser, bank, bars(40, 1, 3), feature_module="encode")
+    assert not found.keep[FORGET].any()
+    assert found.keep[FAR].all()
+    assert found.keep[NEAR].float().mean() > 0.9
+    assert found.report.dropped == int((~found.keep).sum())
+    assert found.report.total == 200
+    assert not found.report.limited
+    assert found.report.estimated_share == pytest.approx(0.1, abs=0.05)
+
+
+def test_likeness_ranks_near_before_far(denoiser, bank):
+    likeness = positive_unlabelled_filter(denoiser, bank, bars(40, 1, 3), feature_module="encode").likeness
+    assert likeness is not None
+    assert likeness[FORGET].min() > likeness[NEAR].median() > likeness[FAR].max()
+
+
+def test_no_more_is_dropped_than_allowed_the_most_like_first(denoiser, bank):
+    how = {"feature_module": "encode", "max_dropped": 0.05}
+    found = positive_unlabelled_filter(denoiser, bank, bars(40, 1, 3), **how)
+    assert found.report.limited
+    assert found.report.dropped == 10
+    assert set((~found.keep).nonzero().flatten().tolist()) == set(found.likeness.topk(10).indices.tolist())
+    assert "max_dropped" in found.report.describe()
+
+
+def test_too_few_forget_images_are_refused(denoiser, bank):
+    with pytest.raises(InputError, match="at least 8 forget images, got 7"):
+        positive_unlabelled_filter(denoiser, bank, bars(7, 1, 3), feature_module="encode")
+
+
+class Left(nn.Module):
+    """Two classes by which half of the picture is brighter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        left, right = images[..., :4].mean(dim=(1, 2, 3)), images[..., 4:].mean(dim=(1, 2, 3))
+        return self.sharpness * torch.stack((left, right), dim=1)
+
+
+def test_a_classifier_drops_its_class_and_its_probability_is_the_likeness(bank):
+    found = classifier_filter(bank, Left(), 0)
+    with torch.no_grad():
+        probability = Left()(bank).softmax(dim=1)[:, 0]
+    assert found.likeness is not None
+    torch.testing.assert_close(found.likeness, probability)
+    assert torch.equal(found.keep, probability < 0.05)
+    assert not found.keep[FORGET].any()
+    assert found.keep[FAR].all()
+
+
+def test_a_label_that_the_classifier_has_not_is_refused(bank):
+    with pytest.raises(InputError, match=r"forget_label must be in \[0, 2\)"):
+        classifier_filter(bank, Left(), 2)
