@@ -38,13 +38,14 @@ CACHE = Path(__file__).parent / "cache"
 EVALUATION_SEED = 4321
 
 # What the lines below change: the defaults from which the sweep set out.
-START = {"hinge_ratio": 3.0, "replay_weight": 8.0}
+START = {"hinge_ratio": 3.0, "replay_weight": 8.0, "replay_focus": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "start": {},
     "hinge 4, lambda 5, constant rate": {"hinge_ratio": 4.0, "replay_weight": 5.0, "anneal": 0.0},
     "hinge 4, lambda 5": {"hinge_ratio": 4.0, "replay_weight": 5.0},
     "hinge 2.5, lambda 5": {"hinge_ratio": 2.5, "replay_weight": 5.0},
     "hinge 3, lambda 5": {"replay_weight": 5.0},
+    "hinge 3, lambda 5, focus": {"replay_weight": 5.0, "replay_focus": 0.5},
     "hinge 2.5, lambda 5, sharpened metric": {"hinge_ratio": 2.5, "replay_weight": 5.0, "sharpen": 2.0},
     "hinge 2.5, lambda 5, 200 steps": {"hinge_ratio": 2.5, "replay_weight": 5.0, "steps": 200},
     "constant rate": {"anneal": 0.0},
