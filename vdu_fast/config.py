@@ -90,7 +90,7 @@ class UnlearnConfig:
     weighting: TimestepWeighting = "simple"
     timestep_window: tuple[int, int] | None = None
     saturation: Saturation = "hinge"
-    hinge_ratio: float = 2.5
+    hinge_ratio: float = 3.0
     npo_beta: float = 1.0
     target_ratio: float | None = None
     trust_region: float | None = None
