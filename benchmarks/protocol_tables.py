@@ -135,15 +135,16 @@ def studies_markdown(studies: Mapping[str, Sequence[Record]], sequences: Sequenc
 
 def _sequence_text(sequences: Sequence[Mapping[str, Any]]) -> str:
     names, rows = sequences[0]["classes"], []
-    for done, forgotten in enumerate(names):
-        requests = [sequence["requests"][done] for sequence in sequences]
+    lines = {f"forget {name}": [s["requests"][done] for s in sequences] for done, name in enumerate(names)}
+    lines["all at once"] = [sequence["at_once"] for sequence in sequences]
+    for title, requests in lines.items():
         puls = [_cell([request["pul"].get(name) for request in requests], ".1f") for name in names]
         ratio = _cell([request["u_fid"] / request["oracle"] for request in requests], ".2f")
-        rows.append([f"forget {forgotten}", *puls, ratio])
+        rows.append([title, *puls, ratio])
     head = ["request", *(f"PUL of {name}" for name in names), "u-FID / oracle"]
     return (
-        f"Requests in turn, each on the model that the last one left; mean ± standard error over {len(sequences)} "
-        f"seeds:\n\n{table(head, rows)}"
+        "Requests in turn, each on the model that the last one left, and all at once from the original model, in as "
+        f"many steps together; mean ± standard error over {len(sequences)} seeds:\n\n{table(head, rows)}"
     )
 
 

@@ -1,7 +1,9 @@
 """Requests that come one after another: does what was forgotten first stay away when the next class goes?
 
 Each request starts from the model that the one before has left, with the posterior of the original model around the
-weights of now and a new replay bank, drawn by the model of now.
+weights of now and a new replay bank, drawn by the model of now. Beside it, whoever has kept the original model and the
+forget images of all requests can start from there again: all classes at once, in as many steps as they would have had
+in turn.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vdu_fast.baselines import get_method
 from vdu_fast.baselines.method import MethodInputs, run_method
@@ -20,57 +23,66 @@ from vdu_fast.checkpoint import write_json_atomic
 from vdu_fast.classifier import frechet_distance
 from vdu_fast.comparison import Comparison
 from vdu_fast.evaluation import percentage_unlearned
+from vdu_fast.pipelines import Denoiser
 from vdu_fast.records import digest, read_record
 from vdu_fast.report import plain
 from vdu_fast.sampling import sample_images
 
 
 def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, Any]:
-    """Forget the classes in turn; PUL of each so far and u-FID after every request, written to a file of its own."""
-    decides = [list(labels), seed, asdict(comparison.settings_of("ours")), comparison.made_from]
-    key = digest(decides)
-    names = [comparison.train.class_names[label] for label in labels]
-    path = comparison.output / "runs" / f"sequence-{'-'.join(names)}-seed-{seed}.json"
+    """PUL of each class so far and u-FID after every request, and of all at once, written to a file of its own."""
+    settings, names = comparison.settings_of("ours"), comparison.train.class_names
+    key = digest([list(labels), seed, asdict(settings), comparison.made_from, "at once"])
+    classes = [names[label] for label in labels]
+    path = comparison.output / "runs" / f"sequence-{'-'.join(classes)}-seed-{seed}.json"
     if (record := read_record(path, key)) is not None:
         return record
-    config, method = comparison.config, get_method("ours")
-    how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
-    classify = comparison.classifier.embed_and_classify
-    # The oracle loses three classes in ten, and needs as many samples as the models have.
-    before = sample_images(comparison.original, 2 * config.samples, **how)
-    features_before, labels_before = classify(before)
-    drawn = torch.bincount(labels_before[: config.samples], minlength=len(comparison.train.class_names))
+    judge = _Judge(comparison)
+    forget = [comparison.forget_of(label, seed) for label in labels]
+
+    def forgotten(denoiser: Denoiser, images: Tensor, settings: Any, gone: Sequence[int]) -> dict[str, Any]:
+        inputs = MethodInputs(images, None, comparison.weights)
+        run_method(get_method("ours"), denoiser, inputs, budget=None, seed=seed, settings=settings)
+        return judge(denoiser, gone)
+
     denoiser = replace(comparison).original  # a copy of its own
-    requests = []
-    for done, label in enumerate(labels, start=1):
-        run_method(
-            method,
-            denoiser,
-            MethodInputs(comparison.forget_of(label, seed), None, comparison.weights),
-            budget=None,
-            seed=seed,
-            settings=comparison.settings_of("ours"),
-        )
-        features, found = classify(sample_images(denoiser, config.samples, **how))
-        gone = torch.tensor(labels[:done])
-        assert comparison.train.labels is not None
-        real = classify(comparison.train.images[~torch.isin(comparison.train.labels, gone)])[0]
-        oracle = features_before[~torch.isin(labels_before, gone)][: config.samples]
-        requests.append(
-            {
-                "pul": {
-                    names[i]: percentage_unlearned(
-                        int(drawn[other]), int((found == other).sum()), samples=config.samples, class_name=names[i]
-                    )
-                    for i, other in enumerate(labels[:done])
-                },
-                "u_fid": frechet_distance(features, real),
-                "oracle": frechet_distance(oracle, real),
-            }
-        )
-    record = plain({"key": key, "seed": seed, "classes": names, "requests": requests})
+    requests = [
+        forgotten(denoiser, images, settings, labels[: done + 1]) for done, images in enumerate(forget)
+    ]  # each on what the last one left
+    longer = replace(settings, steps=len(labels) * settings.steps)
+    at_once = forgotten(replace(comparison).original, torch.cat(forget), longer, labels)
+    record = plain({"key": key, "seed": seed, "classes": classes, "requests": requests, "at_once": at_once})
     write_json_atomic(path, record)
     return record
+
+
+class _Judge:
+    """Measures models from which several classes are gone."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison, config = comparison, comparison.config
+        how = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
+        self.how: dict[str, Any] = how
+        # The oracle loses three classes in ten, and needs as many samples as the models have.
+        before = sample_images(comparison.original, 2 * config.samples, **how)
+        self.features, self.labels = comparison.classifier.embed_and_classify(before)
+
+    def __call__(self, denoiser: Denoiser, gone: Sequence[int]) -> dict[str, Any]:
+        """PUL of each class that is gone, and u-FID beside the oracle's."""
+        train, config = self.comparison.train, self.comparison.config
+        classify, forgotten = self.comparison.classifier.embed_and_classify, torch.tensor(list(gone))
+        features, found = classify(sample_images(denoiser, config.samples, **self.how))
+        assert train.labels is not None
+        real = classify(train.images[~torch.isin(train.labels, forgotten)])[0]
+        oracle = self.features[~torch.isin(self.labels, forgotten)][: config.samples]
+        drawn = self.labels[: config.samples]
+        pul = {
+            (name := train.class_names[label]): percentage_unlearned(
+                int((drawn == label).sum()), int((found == label).sum()), samples=config.samples, class_name=name
+            )
+            for label in gone
+        }
+        return {"pul": pul, "u_fid": frechet_distance(features, real), "oracle": frechet_distance(oracle, real)}
 
 
 def run_all(comparison: Comparison, labels: Sequence[int], seeds: int, processes: int) -> list[dict[str, Any]]:

@@ -196,6 +196,8 @@ class TestProtocol:
         name = records[0]["class"]
         text = (tmp_path / "results" / "studies.md").read_text()
         assert f"PUL of {name}" in text
+        assert [list(sequence["at_once"]["pul"]) for sequence in sequences] == [[name], [name]]
+        assert "| all at once |" in text
         assert "| 8 forget images | 2 |" in text
         assert f"| {name} |" in (tmp_path / "results" / "classes.md").read_text()
         for picture in ("tradeoff.png", "persistence.png", "studies.png"):
