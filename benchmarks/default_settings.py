@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hinge 2.5, lambda 5": {"hinge_ratio": 2.5, "replay_weight": 5.0},
     "hinge 3, lambda 5": {"replay_weight": 5.0},
     "hinge 3, lambda 5, focus": {"replay_weight": 5.0, "replay_focus": 0.5},
+    "hinge 3, lambda 4, focus": {"replay_weight": 4.0, "replay_focus": 0.5},
     "hinge 2.5, lambda 5, sharpened metric": {"hinge_ratio": 2.5, "replay_weight": 5.0, "sharpen": 2.0},
     "hinge 2.5, lambda 5, 200 steps": {"hinge_ratio": 2.5, "replay_weight": 5.0, "steps": 200},
     "constant rate": {"anneal": 0.0},
