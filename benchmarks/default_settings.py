@@ -10,7 +10,6 @@ decides that is every setting in force, not the name: a row of other defaults do
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from vdu_fast.data import load_images
 from vdu_fast.demo import shipped_model
 from vdu_fast.evaluation import EvaluationConfig, evaluate
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
+from vdu_fast.records import digest
 from vdu_fast.sampling import sample_images
 from vdu_fast.unlearner import unlearn
 
@@ -76,7 +76,7 @@ BANK_FIELDS = ("replay_samples", "replay_sampler_steps", "replay_states", "seed"
 
 def short_digest(value: Any) -> str:
     """The first 12 hex digits of the SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(value)[:12]
 
 
 def settings(changes: dict[str, Any]) -> UnlearnConfig:

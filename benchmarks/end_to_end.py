@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 
 import torch
 
@@ -16,7 +15,6 @@ from vdu_fast import use_backend
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import load_images
 from vdu_fast.demo import shipped_model
-from vdu_fast.filters import positive_unlabelled_filter
 from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import build_bank
@@ -32,8 +30,6 @@ def main() -> None:
     posterior = GaussianPosterior.load(model / "posterior.safetensors")
     original = denoiser_of(load_pipeline(model))
     bank = build_bank(original, config.replay_samples)
-    found = positive_unlabelled_filter(original, bank.images, images.images)
-    bank = replace(bank, likeness=found.likeness).keep(found.keep)
     seconds: dict[str, list[float]] = {"reference": [], "cpu": []}
     weights: dict[str, torch.Tensor] = {}
     for _ in range(repeats):

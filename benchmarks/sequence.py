@@ -32,7 +32,7 @@ from vdu_fast.sampling import sample_images
 def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, Any]:
     """PUL of each class so far and u-FID after every request, and of all at once, written to a file of its own."""
     settings, names = comparison.settings_of("ours"), comparison.train.class_names
-    key = digest([list(labels), seed, asdict(settings), comparison.made_from, "at once"])
+    key = digest([list(labels), seed, asdict(settings), comparison.made_from])
     classes = [names[label] for label in labels]
     path = comparison.output / "runs" / f"sequence-{'-'.join(classes)}-seed-{seed}.json"
     if (record := read_record(path, key)) is not None:
@@ -40,17 +40,14 @@ def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, A
     judge = _Judge(comparison)
     forget = [comparison.forget_of(label, seed) for label in labels]
 
-    def forgotten(denoiser: Denoiser, images: Tensor, settings: Any, gone: Sequence[int]) -> dict[str, Any]:
-        inputs = MethodInputs(images, None, comparison.weights)
-        run_method(get_method("ours"), denoiser, inputs, budget=None, seed=seed, settings=settings)
+    def measured(denoiser: Denoiser, images: Tensor, steps: int, gone: Sequence[int]) -> dict[str, Any]:
+        inputs, how = MethodInputs(images, None, comparison.weights), replace(settings, steps=steps)
+        run_method(get_method("ours"), denoiser, inputs, budget=None, seed=seed, settings=how)
         return judge(denoiser, gone)
 
-    denoiser = replace(comparison).original  # a copy of its own
-    requests = [
-        forgotten(denoiser, images, settings, labels[: done + 1]) for done, images in enumerate(forget)
-    ]  # each on what the last one left
-    longer = replace(settings, steps=len(labels) * settings.steps)
-    at_once = forgotten(replace(comparison).original, torch.cat(forget), longer, labels)
+    in_turn, anew = replace(comparison).original, replace(comparison).original  # a copy of its own for each
+    requests = [measured(in_turn, images, settings.steps, labels[: done + 1]) for done, images in enumerate(forget)]
+    at_once = measured(anew, torch.cat(forget), len(labels) * settings.steps, labels)
     record = plain({"key": key, "seed": seed, "classes": classes, "requests": requests, "at_once": at_once})
     write_json_atomic(path, record)
     return record

@@ -70,9 +70,8 @@ class ReplayBank:
 
     @cached_property
     def nearest(self) -> Tensor:
-        """Numbers of the trajectories that end most like what must go, a quarter of all; all where nothing tells."""
-        if self.likeness is None:
-            return torch.arange(len(self))
+        """Numbers of the trajectories that end most like what must go, a quarter of all; needs `likeness`."""
+        assert self.likeness is not None
         return self.likeness.topk(math.ceil(NEAREST * len(self))).indices
 
     def batch(self, size: int, step: int, seed: int, *, focus: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
