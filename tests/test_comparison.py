@@ -168,9 +168,25 @@ class TestRuns:
         label = drawn(comparison)
         assert len(replace(comparison, forget_images=10_000).forget_of(label, 0)) == len(comparison.train.only(label))
 
-    def test_no_forget_images_are_refused(self, comparison):
-        with pytest.raises(InputError, match="forget_images: got 0"):
-            replace(comparison, forget_images=0)
+    @pytest.mark.parametrize("name", ["forget_images", "evaluations"])
+    def test_none_at_all_are_refused(self, comparison, name):
+        with pytest.raises(InputError, match=f"{name}: got 0"):
+            replace(comparison, **{name: 0})
+
+    def test_every_method_may_spend_what_was_said(self, comparison, monkeypatch):
+        label = drawn(comparison)
+        jobs = plan(["fine_tune", "ours"], [label], 1)
+        needed = comparison.budget(label)
+        endless = dict(comparison.settings) | {"fine_tune": replace(settings_of("fine_tune"), steps=None)}
+        comparison = replace(comparison, settings=endless)
+        twice = replace(comparison, evaluations=2 * needed)
+        usual, generous = run_all(comparison, jobs), run_all(twice, jobs)
+        assert [record["budget"] for record in usual + generous] == [needed] * 2 + [2 * needed] * 2
+        # Fine-tuning spends what it gets, ours what it needs.
+        assert usual[0]["evaluations"] < needed < generous[0]["evaluations"]
+        assert generous[1]["evaluations"] == usual[1]["evaluations"]
+        with pytest.raises(InputError, match=f"budget: {needed - 1} network evaluations, and these settings need"):
+            run_all(replace(comparison, evaluations=needed - 1), [Job(label, "ours", 0)])
 
     def test_comparisons_of_one_model_share_what_they_can(self, comparison, monkeypatch):
         label = drawn(comparison)

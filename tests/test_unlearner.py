@@ -87,6 +87,16 @@ def test_every_setting_runs_and_changes_the_model(images, settings):
     json.dumps(result.record(), allow_nan=False)
 
 
+def test_the_record_tells_that_what_could_not_be_compiled_ran_uncompiled(images, monkeypatch):
+    def without_a_compiler(*_):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(torch, "compile", lambda module, **_: without_a_compiler)
+    record = unlearn_tiny(images, compile="default", channels_last=True).record()
+    assert record["settings"]["compile"] == "default"
+    assert record["execution"] == {"precision": "float32", "channels_last": True, "compile": "off"}
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_pipeline_of_every_prediction_type_is_written_and_loads_again(images, tmp_path, prediction_type):
     pipeline = build_pipeline(prediction_type)

@@ -1,9 +1,9 @@
 """Methods side by side: one run for every (class, seed, method), each kept in a file of its own, so that a comparison
 that was stopped goes on where it was.
 
-Every run starts from the same model, gets the network evaluations that `unlearn` needs under its defaults, sees only
-the data that its method may see, and is judged by the same classifier on the same starting noise. Classifier and
-samples of the original model are made once and kept beside the runs.
+Every run starts from the same model, gets the same number of network evaluations (those that `unlearn` needs, or more),
+sees only the data that its method may see, and is judged by the same classifier on the same starting noise. Classifier
+and samples of the original model are made once and kept beside the runs.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Comparison:
         device: where models run; "auto" takes CUDA where there is one.
         persistence: asks every run whether the class stays forgotten, too; None does not.
         forget_images: of the class, that methods see: a random choice, another one for every seed. None is all.
+        evaluations: of the network, that a run may spend; None is what `unlearn` needs under its settings.
         shared: folder for what the runs share, which several comparisons of one model can use; None is one in `output`.
     """
 
@@ -85,13 +86,13 @@ class Comparison:
     device: str = "auto"
     persistence: PersistenceConfig | None = None
     forget_images: int | None = None
+    evaluations: int | None = None
     shared: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.forget_images is not None and self.forget_images < 1:
-            raise InputError(
-                f"forget_images: got {self.forget_images}; accepted are whole numbers from 1 up. Raise it."
-            )
+        for name in ("forget_images", "evaluations"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}: got {value}; accepted are whole numbers from 1 up. Raise it.")
 
     @cached_property
     def original(self) -> Denoiser:
@@ -138,7 +139,9 @@ class Comparison:
         return self.settings[method] if method in self.settings else get_method(method).settings()
 
     def budget(self, label: int) -> int:
-        """Network evaluations that every method may spend on a class: those of `unlearn`."""
+        """Network evaluations that every method may spend on a class."""
+        if self.evaluations is not None:
+            return self.evaluations
         config = self.settings.get("ours", UnlearnConfig())
         return evaluations_of_unlearn(config, len(self.forget_of(label, seed=0)))
 

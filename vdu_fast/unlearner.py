@@ -26,6 +26,7 @@ from vdu_fast.checkpoint import (
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet, check_fits
 from vdu_fast.errors import InputError
+from vdu_fast.execution import Execution
 from vdu_fast.filters import (
     Filtered,
     FilterReport,
@@ -62,6 +63,7 @@ class UnlearnResult:
         bank: how many images the unfiltered bank had and what it was made with, or None.
         seconds: of "bank", "filter" and "steps", and their sum "unlearn"; those of an interrupted part are in them.
         config: the settings used.
+        execution: how the network was run in the end: uncompiled where `compile` could not be used.
     """
 
     model: Any
@@ -73,6 +75,7 @@ class UnlearnResult:
     bank: dict[str, Any] | None
     seconds: dict[str, float]
     config: UnlearnConfig
+    execution: Execution
 
     def record(self) -> dict[str, Any]:
         """Everything but the model, ready for JSON."""
@@ -84,6 +87,7 @@ class UnlearnResult:
             "filter": asdict(self.filter_report) if self.filter_report else None,
             "seconds": self.seconds,
             "settings": asdict(self.config),
+            "execution": asdict(self.execution),
             "history": self.history,
         }
 
@@ -187,7 +191,9 @@ def unlearn(
         run.write_mean()
         run.release()
         raise
-    result = UnlearnResult(model, run.step_number, step, reason, run.history, report, used, job.seconds, config)
+    result = UnlearnResult(
+        model, run.step_number, step, reason, run.history, report, used, job.seconds, config, job.denoiser.execution
+    )
     if job.output is not None:
         _write(result, job)
     return result

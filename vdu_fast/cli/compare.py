@@ -36,6 +36,7 @@ class CompareOptions:
         resize: bring every picture to N x N pixels first.
         image_channels: convert the pictures to 1 (gray) or 3 (colour) channels first.
         forget_images: forget from so many images of the class, chosen at random for every seed; null is all.
+        evaluations: network evaluations that every run may spend; null is what `unlearn` needs under its defaults.
         persistence: also measure whether the class stays forgotten; runs that are finished without it are unlearned
             again, and not evaluated again.
     """
@@ -52,6 +53,7 @@ class CompareOptions:
     resize: int | None = None
     image_channels: int | None = None
     forget_images: int | None = None
+    evaluations: int | None = None
     persistence: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
             display.say(f"{len(jobs)} runs: {', '.join(methods)}")
             comparison = Comparison(
                 model, posterior, train, heldout, output, config, device=options.device, persistence=persistence,
-                forget_images=options.forget_images,
+                forget_images=options.forget_images, evaluations=options.evaluations,
             )  # fmt: skip
             records = run_all(
                 comparison,
