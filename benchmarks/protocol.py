@@ -4,18 +4,20 @@
     python benchmarks/protocol.py fashion_mnist --data /usr/share/datasets/fashion-mnist
 
 Finished runs in the output folder are kept where they were made under the settings of now, so the command goes on where
-it was stopped. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
+it was stopped. `--hours` stops it by itself, and `--go_on` takes over the runs that the results hold, on whatever machine
+they were made. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
 
     table.md, table.csv     every method on the classes that all methods forget
     classes.md              ours on each of its classes
     studies.md              ours with fewer forget images, with other posteriors, and with one request after another
-    runs.csv                a row for every run behind them
+    runs.csv                a row for every run behind them; runs.jsonl, shared/ and model/ are what `--go_on` takes over
     tradeoff.png, persistence.png, studies.png
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import protocol_tables as tables
+import published_runs
 import sequence
 
 from vdu_fast.baselines import METHOD_NAMES
@@ -102,6 +105,10 @@ PROTOCOLS = {
 PERSISTENCE = PersistenceConfig(relearn_samples=500)
 
 
+class _Late(Exception):
+    """No run is to be begun any more."""
+
+
 class Bench:
     """One protocol under way: its data, its model, and the comparisons it is made of.
 
@@ -110,10 +117,13 @@ class Bench:
         data: as `--data` of `vdu-fast compare`.
         output: folder for the runs.
         processes: runs at a time, each with one thread.
+        deadline: on the clock of time.monotonic, after which no run is begun.
     """
 
-    def __init__(self, protocol: Protocol, data: str, output: Path, processes: int) -> None:
-        self.protocol, self.output, self.processes = protocol, output, processes
+    def __init__(
+        self, protocol: Protocol, data: str, output: Path, processes: int, deadline: float = math.inf
+    ) -> None:
+        self.protocol, self.output, self.processes, self.deadline = protocol, output, processes, deadline
         output.mkdir(parents=True, exist_ok=True)
         how: dict[str, Any] = {"resize": protocol.resize}
         self.train = load_images(data, split="train", **how)
@@ -141,22 +151,26 @@ class Bench:
         shared, seeds = self.protocol.shared_classes, self.protocol.seeds
         jobs = plan(["ours", *self.protocol.methods], shared, seeds)
         rest = [label for label in self.protocol.classes if label not in shared]
-        # Seed by seed, so that what is done when it is stopped compares all methods on all classes.
-        jobs = sorted(jobs + plan(["ours"], rest, seeds), key=lambda job: job.seed)
+        # Seed by seed and then method by method, so that what is done when it is stopped can be compared.
+        order = ["ours", *self.protocol.methods]
+        jobs = sorted(jobs + plan(["ours"], rest, seeds), key=lambda job: (job.seed, order.index(job.method)))
         return self._run(self.base, jobs)
 
     def studies(self) -> dict[str, list[dict[str, Any]]]:
         """Ours by what was changed."""
         jobs = plan(["ours"], self.protocol.study_classes, self.protocol.seeds)
-        return {name: self._run(comparison, jobs, name) for name, comparison in self._variants()}
+        found = {name: self._run(comparison, jobs, name) for name, comparison in self._variants()}
+        return {name: records for name, records in found.items() if records}
 
     def _variants(self) -> Iterator[tuple[str, Comparison]]:
         for count in self.protocol.forget_counts:
             yield f"{count} forget images", self._variant(f"forget-images-{count}", forget_images=count)
-        if counts := self.protocol.checkpoint_counts:
+        counts = self.protocol.checkpoint_counts
+        folder = self.output / f"model-with-{max(counts, default=0)}-checkpoints"
+        if counts and (finished(folder) or not self._late()):
             most = max(counts)
             settings = replace(self.base.pretraining or PretrainConfig(), checkpoints=most, device="cpu")
-            model = trained(self.train, self.output / f"model-with-{most}-checkpoints", settings)
+            model = trained(self.train, folder, settings)
             files = sorted((model / "checkpoints").glob("*.safetensors"))
             for count in counts:
                 every = most // count
@@ -174,18 +188,33 @@ class Bench:
     def sequences(self) -> list[dict[str, Any]]:
         """One class after another, from every seed."""
         labels = self.protocol.sequence
-        return sequence.run_all(self.base, labels, self.protocol.seeds, self.processes) if labels else []
+        if not labels or self._late():
+            return []
+        return sequence.run_all(self.base, labels, self.protocol.seeds, self.processes)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
 
     def _run(self, comparison: Comparison, jobs: list[Job], what: str = "") -> list[dict[str, Any]]:
         def say(done: int, total: int, text: str) -> None:
             print(f"{time.strftime('%H:%M:%S')} {what} {done}/{total} {text}", flush=True)
+            if done < total and self._late():
+                raise _Late
 
-        return run_all(comparison, jobs, processes=self.processes, progress=say)
+        try:
+            return run_all(comparison, jobs, processes=self.processes, progress=say)
+        except _Late:  # what was under way is finished by now
+            return [record for job in jobs if (record := comparison.finished(job)) is not None]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a model has been trained to its end there."""
+    return (folder / "posterior.safetensors").is_file()
 
 
 def trained(data: ImageSet, folder: Path, config: PretrainConfig) -> Path:
     """The folder of a model, which is trained where it is not there or not finished."""
-    if not (folder / "posterior.safetensors").is_file():
+    if not finished(folder):
         print(f"training {folder.name}, {config.steps + config.anneal_steps} steps", flush=True)
         pretrain(data, folder, config, resume=folder.exists())
     return folder
@@ -225,6 +254,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for tables (default: benchmarks/results/NAME)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--seeds", type=int, help="fewer seeds than the protocol has, for a first look")
+    parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so long, and write the tables")
+    parser.add_argument("--go_on", action="store_true", help="take over the runs that the results folder holds")
     arguments = parser.parse_args()
     if arguments.name != "digits" and arguments.data is None:
         parser.error("--data is missing: give the folder of the data set")
@@ -233,13 +264,19 @@ def main() -> None:
         protocol = replace(protocol, seeds=arguments.seeds)
     began = time.monotonic()
     output = arguments.output or Path("runs") / arguments.name
-    bench = Bench(protocol, arguments.data or "digits", output, arguments.jobs)
     results = arguments.results or RESULTS / arguments.name
+    if arguments.go_on:
+        print(f"{published_runs.take_over(results, output)} runs taken over from {results}", flush=True)
+    deadline = began + 3600 * arguments.hours
+    bench = Bench(protocol, arguments.data or "digits", output, arguments.jobs, deadline)
     # Persistence first: of its runs the comparison then needs nothing but their records.
     persistent, records = bench.persistence(), bench.comparison()
+    if not records:
+        parser.exit(1, f"No run has finished within {arguments.hours:g} hours. Give more --hours.\n")
     write_results(results, protocol, records, persistent, {}, [])
     studies, sequences = bench.studies(), bench.sequences()
     write_results(results, protocol, records, persistent, studies, sequences)
+    published_runs.publish(output, results)
     print(f"Wrote {results} after {(time.monotonic() - began) / 60:.0f} minutes.")
 
 

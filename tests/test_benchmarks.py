@@ -203,6 +203,30 @@ class TestProtocol:
         for picture in ("tradeoff.png", "persistence.png", "studies.png"):
             assert (tmp_path / "results" / picture).read_bytes().startswith(b"\x89PNG")
 
+    def test_another_machine_goes_on_where_it_was_stopped(self, protocol, bench, tmp_path, monkeypatch):
+        bench.protocol = replace(bench.protocol, seeds=1)
+        jobs, run = [], Comparison.run
+
+        def counted(self, job):
+            jobs.append(job.method)
+            if len(jobs) == 2:
+                bench.deadline = 0.0
+            return run(self, job)
+
+        monkeypatch.setattr(Comparison, "run", counted)
+        records = bench.comparison()
+        assert [record["method"] for record in records] == jobs == ["ours", "neg_grad"]
+        assert bench.persistence() == bench.sequences() == []
+        results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+        protocol.published_runs.publish(bench.output, results)
+        assert not (results / "model" / "checkpoints").exists()
+        assert protocol.published_runs.take_over(results, elsewhere) == 2
+        assert protocol.published_runs.take_over(results, elsewhere) == 0
+        monkeypatch.setattr(protocol, "pretrain", None)
+        other = protocol.Bench(bench.protocol, str(tmp_path / "shades.npz"), elsewhere, processes=1)
+        assert plain(other.comparison()[:2]) == plain(records)
+        assert jobs == ["ours", "neg_grad", "retrain"]
+
     def test_posteriors_of_fewer_checkpoints_end_with_the_same_one(self, protocol, bench):
         used = {name: comparison.posterior.source for name, comparison in bench._variants() if "checkpoints" in name}
         assert [source["count"] for source in used.values()] == ["2", "4"]
