@@ -85,7 +85,7 @@ class UnlearnConfig:
     replay_batch_size: int = 64
     accumulate: int = 1
     gamma: float = 0.05
-    replay_weight: float = 5.0
+    replay_weight: float = 4.0
     reduction: ObjectiveReduction = "mean"
     weighting: TimestepWeighting = "simple"
     timestep_window: tuple[int, int] | None = None
