@@ -52,10 +52,10 @@ bench-calls: install ## what one call of every op costs on small tensors, by pyt
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/calls.py --benchmark-columns=median,iqr,rounds
 
 protocol-digits: install ## compare all methods on the digits, with all studies (an hour and a half on 2 cores; resumable)
-	@$(BIN)/python benchmarks/protocol.py digits
+	@$(BIN)/python benchmarks/protocol.py digits $(PROTOCOL_FLAGS)
 
 protocol-fashion: install ## the same on Fashion-MNIST at 16 x 16 (some hours; FASHION=its folder)
-	@$(BIN)/python benchmarks/protocol.py fashion_mnist --data $(FASHION)
+	@$(BIN)/python benchmarks/protocol.py fashion_mnist --data $(FASHION) $(PROTOCOL_FLAGS)
 
 gpu: ## on a machine with a GPU: build, run the tests marked gpu, and measure there
 	@$(GPU_PYTHON) benchmarks/gpu_check.py
