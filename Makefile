@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+# As "--hours 2 --go_on": stop after so long, and go on with the runs that benchmarks/results/ holds.
+PROTOCOL_FLAGS ?=
 # Where Fashion-MNIST is: Debian's package dataset-fashion-mnist puts it here; any folder of its IDX files will do.
 FASHION ?= /usr/share/datasets/fashion-mnist
 # Each worker computes on one thread; tests that are about threads set their own number.

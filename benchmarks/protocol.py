@@ -4,43 +4,47 @@
     python benchmarks/protocol.py fashion_mnist --data /usr/share/datasets/fashion-mnist
 
 Finished runs in the output folder are kept where they were made under the settings of now, so the command goes on where
-it was stopped. `--hours` stops it by itself, and `--go_on` takes over the runs that the results hold, on whatever machine
-they were made. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
+it was stopped. `--hours` stops it by itself, and `--go_on` takes over the runs that the results hold, whatever machine
+made them. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
 
     table.md, table.csv     every method on the classes that all methods forget
     classes.md              ours on each of its classes
     studies.md              ours with fewer forget images, with other posteriors, and with one request after another
-    runs.csv                a row for every run behind them; runs.jsonl, shared/ and model/ are what `--go_on` takes over
+    runs.csv                a row for every run behind them; what `--go_on` takes over lies beside it
     tradeoff.png, persistence.png, studies.png
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import protocol_tables as tables
-import published_runs
 import sequence
+from published_runs import PublishedRuns
 
 from vdu_fast.baselines import METHOD_NAMES
-from vdu_fast.checkpoint import write_bytes_atomic
-from vdu_fast.comparison import Comparison, Job, plan, run_all
+from vdu_fast.checkpoint import fingerprint, write_bytes_atomic
+from vdu_fast.comparison import Comparison, Job, plan, read_pretraining, run_all
 from vdu_fast.comparison_report import write_comparison
 from vdu_fast.data import ImageSet, load_images
 from vdu_fast.demo import shipped_model
+from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.fisher import fisher_posterior
 from vdu_fast.persistence import PersistenceConfig
 from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig, pretrain
+from vdu_fast.records import read_record
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -118,13 +122,28 @@ class Bench:
         output: folder for the runs.
         processes: runs at a time, each with one thread.
         deadline: on the clock of time.monotonic, after which no run is begun.
+        take_over: runs that need not be made again.
+
+    Attributes:
+        current: the records of all runs that were asked for and have finished, by their files.
     """
 
     def __init__(
-        self, protocol: Protocol, data: str, output: Path, processes: int, deadline: float = math.inf
+        self,
+        protocol: Protocol,
+        data: str,
+        output: Path,
+        processes: int,
+        *,
+        deadline: float = math.inf,
+        take_over: PublishedRuns | None = None,
     ) -> None:
         self.protocol, self.output, self.processes, self.deadline = protocol, output, processes, deadline
+        self.current: dict[Path, dict[str, Any]] = {}
+        self._published = take_over
         output.mkdir(parents=True, exist_ok=True)
+        if take_over is not None:
+            take_over.take_over_files()
         how: dict[str, Any] = {"resize": protocol.resize}
         self.train = load_images(data, split="train", **how)
         model = shipped_model()
@@ -187,10 +206,15 @@ class Bench:
 
     def sequences(self) -> list[dict[str, Any]]:
         """One class after another, from every seed."""
-        labels = self.protocol.sequence
-        if not labels or self._late():
+        labels, seeds = self.protocol.sequence, range(self.protocol.seeds)
+        if not labels:
             return []
-        return sequence.run_all(self.base, labels, self.protocol.seeds, self.processes)
+        files = {sequence.path_of(self.base, labels, seed): sequence.key_of(self.base, labels, seed) for seed in seeds}
+        for path, key in files.items():
+            self._take_over(path, key)
+        if not self._late():
+            sequence.run_all(self.base, labels, len(seeds), self.processes)
+        return self._finished(files)
 
     def _late(self) -> bool:
         return time.monotonic() > self.deadline
@@ -201,10 +225,31 @@ class Bench:
             if done < total and self._late():
                 raise _Late
 
+        files = {comparison.path(job): comparison.key(job) for job in jobs}
+        for path, key in files.items():
+            self._take_over(path, key)
         try:
-            return run_all(comparison, jobs, processes=self.processes, progress=say)
-        except _Late:  # what was under way is finished by now
-            return [record for job in jobs if (record := comparison.finished(job)) is not None]
+            # When it is late, what was under way is finished before this returns.
+            with contextlib.suppress(_Late):
+                run_all(comparison, jobs, processes=self.processes, progress=say)
+        finally:
+            self._finished(files)
+        return [record for job in jobs if (record := comparison.finished(job)) is not None]
+
+    @cached_property
+    def judge(self) -> str:
+        """Fingerprint of the classifier that measures."""
+        return fingerprint(self.base.classifier)
+
+    def _take_over(self, path: Path, key: str) -> None:
+        if self._published is not None:
+            self._published.take_over(path, key, self.judge)
+
+    def _finished(self, files: Mapping[Path, str]) -> list[dict[str, Any]]:
+        """The records that stand in these files under these keys; they are `current` from now on."""
+        found = {path: record for path, key in files.items() if (record := read_record(path, key)) is not None}
+        self.current |= found
+        return list(found.values())
 
 
 def finished(folder: Path) -> bool:
@@ -213,10 +258,19 @@ def finished(folder: Path) -> bool:
 
 
 def trained(data: ImageSet, folder: Path, config: PretrainConfig) -> Path:
-    """The folder of a model, which is trained where it is not there or not finished."""
+    """The folder of a model, which is trained where it is not there or not finished.
+
+    Raises:
+        InputError: it holds a model that was trained in another way.
+    """
     if not finished(folder):
         print(f"training {folder.name}, {config.steps + config.anneal_steps} steps", flush=True)
         pretrain(data, folder, config, resume=folder.exists())
+    if read_pretraining(folder) != config:
+        raise InputError(
+            f"--output: {folder} holds a model that was trained in another way than this protocol says. Remove the "
+            "folder, or give another --output."
+        )
     return folder
 
 
@@ -228,16 +282,21 @@ def write_results(
     studies: dict[str, list[dict[str, Any]]],
     sequences: list[dict[str, Any]],
 ) -> None:
-    """All tables and pictures of a protocol."""
+    """All tables and pictures of a protocol, as far as there are runs for them."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = {(r["label"], r["method"], r["seed"]): r for r in persistent}
     records = [asked.get((r["label"], r["method"], r["seed"]), r) for r in records]
-    write_comparison(folder, [record for record in records if record["label"] in protocol.shared_classes])
-    ours = [record for record in records if record["method"] == "ours"]
-    texts = {"classes.md": tables.classes_markdown(ours)}
+    if shared := [record for record in records if record["label"] in protocol.shared_classes]:
+        write_comparison(folder, shared)
+    texts, ours = {}, [record for record in records if record["method"] == "ours"]
+    if ours:
+        texts["classes.md"] = tables.classes_markdown(ours, protocol.seeds * len(protocol.classes))
     every = [("", record) for record in records]
+    for stale in ("studies.md", "studies.png"):
+        (folder / stale).unlink(missing_ok=True)
     if studies:
-        alone = {"all forget images": [record for record in ours if record["label"] in protocol.study_classes]}
+        whole = [record for record in ours if record["label"] in protocol.study_classes]
+        alone = {"all forget images": whole} if whole else {}
         texts["studies.md"] = tables.studies_markdown(alone | studies, sequences)
         write_bytes_atomic(folder / "studies.png", tables.studies_png(alone | studies))
         every += [(name, record) for name, runs in studies.items() for record in runs]
@@ -254,36 +313,48 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for tables (default: benchmarks/results/NAME)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--seeds", type=int, help="fewer seeds than the protocol has, for a first look")
-    parser.add_argument("--ours", action="store_true", help="run ours alone, and write classes.md alone")
-    parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so long, and write the tables")
+    parser.add_argument("--ours", action="store_true", help="run ours alone; of the tables only classes.md is written")
+    parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so long, but train the model")
     parser.add_argument("--go_on", action="store_true", help="take over the runs that the results folder holds")
     arguments = parser.parse_args()
-    if arguments.name != "digits" and arguments.data is None:
+    protocol, output = PROTOCOLS[arguments.name], arguments.output or Path("runs") / arguments.name
+    results = arguments.results or RESULTS / arguments.name
+    if protocol.pretraining is not None and arguments.data is None:
         parser.error("--data is missing: give the folder of the data set")
-    protocol = PROTOCOLS[arguments.name]
-    if arguments.seeds is not None:
-        protocol = replace(protocol, seeds=arguments.seeds)
+    seeds = protocol.seeds if arguments.seeds is None else arguments.seeds
+    for name, value in (("jobs", arguments.jobs), ("seeds", seeds)):
+        if value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if not arguments.hours >= 0:
+        parser.error(f"--hours must be 0 or more, got {arguments.hours}; 0 writes tables of what has run")
+    if arguments.go_on and not results.is_dir():
+        parser.error(f"--go_on: there is no folder {results} to take runs from; leave it out, or give --results")
+    protocol = replace(protocol, seeds=seeds)
     if arguments.ours:
         protocol = replace(protocol, methods=(), persistent=())
-    began = time.monotonic()
-    output = arguments.output or Path("runs") / arguments.name
-    results = arguments.results or RESULTS / arguments.name
-    if arguments.go_on:
-        print(f"{published_runs.take_over(results, output)} runs taken over from {results}", flush=True)
-    deadline = began + 3600 * arguments.hours
-    bench = Bench(protocol, arguments.data or "digits", output, arguments.jobs, deadline)
-    # Persistence first: of its runs the comparison then needs nothing but their records.
-    persistent, records = bench.persistence(), bench.comparison()
-    if not records:
-        parser.exit(1, f"No run has finished within {arguments.hours:g} hours. Give more --hours.\n")
-    if arguments.ours:
-        write_bytes_atomic(results / "classes.md", tables.classes_markdown(records).encode())
-    else:
-        write_results(results, protocol, records, persistent, {}, [])
-        studies, sequences = bench.studies(), bench.sequences()
+    try:
+        run(protocol, arguments.data or "digits", output, results, arguments)
+    except InputError as error:
+        parser.exit(1, f"{error}\n")
+
+
+def run(protocol: Protocol, data: str, output: Path, results: Path, arguments: argparse.Namespace) -> None:
+    """Run what is missing, publish the runs, and write tables."""
+    began, published = time.monotonic(), PublishedRuns(results, output)
+    how = {"deadline": began + 3600 * arguments.hours, "take_over": published if arguments.go_on else None}
+    bench = Bench(protocol, data, output, arguments.jobs, **how)
+    try:
+        # Persistence first: of its runs the comparison then needs nothing but their records.
+        persistent, records = bench.persistence(), bench.comparison()
+        studies, sequences = ({}, []) if arguments.ours else (bench.studies(), bench.sequences())
+    finally:
+        published.publish(bench.current, bench.judge)
+    if not arguments.ours:
         write_results(results, protocol, records, persistent, studies, sequences)
-    published_runs.publish(output, results)
-    print(f"Wrote {results} after {(time.monotonic() - began) / 60:.0f} minutes.")
+    elif records:
+        text = tables.classes_markdown(records, protocol.seeds * len(protocol.classes))
+        write_bytes_atomic(results / "classes.md", text.encode())
+    print(f"Wrote {results}, of {len(bench.current)} runs, after {(time.monotonic() - began) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def classes_markdown(records: Sequence[Record]) -> str:
-    """Ours on each class, means and standard errors over the seeds, and over the classes of their means."""
+def classes_markdown(records: Sequence[Record], planned: int | None = None) -> str:
+    """Ours on each class, means and standard errors over the seeds, and over the classes of their means.
+
+    Args:
+        records: at least one.
+        planned: runs that there will be in all; None is as many as there are.
+    """
     by_class: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["label"]):
         by_class.setdefault(record["class"], []).append(record)
@@ -93,8 +98,12 @@ def classes_markdown(records: Sequence[Record]) -> str:
             "",
             table(head, rows),
             "",
-            f"{TARGETS} Met: PUL {'yes' if puls.value >= 99 else 'NO'}, "
-            f"u-FID {'yes' if ratios.value <= 1.25 else 'NO'}.",
+            f"{TARGETS} "
+            + (
+                f"Met: PUL {'yes' if puls.value >= 99 else 'NO'}, u-FID {'yes' if ratios.value <= 1.25 else 'NO'}."
+                if planned is None or len(records) == planned
+                else f"Not all have run yet: {len(records)} of {planned} runs."
+            ),
             "",
         ]
     )
@@ -171,11 +180,12 @@ def runs_csv(runs: Sequence[tuple[str, Record]]) -> str:
     """A row for every run: what was changed, what ran, and all measures of the comparison."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["study", "method", "class", "seed", "forget_images", *MEASURES, "vdu_fast", "torch", "key"])
+    names = ["study", "method", "class", "seed", "forget_images"]
+    writer.writerow([*names, *MEASURES, "device", "threads", "vdu_fast", "torch", "key"])
     for study, record in runs:
         values = [read(record) for read in MEASURES.values()]
         numbers = ["" if value is None else f"{value:.6g}" for value in values]
         what = [study, record["method"], record["class"], record["seed"], record["forget_images"]]
         versions = [record["versions"].get(name, "") for name in ("vdu_fast", "torch")]
-        writer.writerow([*what, *numbers, *versions, record["key"]])
+        writer.writerow([*what, *numbers, record["device"], record["threads"], *versions, record["key"]])
     return text.getvalue()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vdu_fast.baselines import get_method
 from vdu_fast.baselines.method import MethodInputs, run_method
-from vdu_fast.checkpoint import write_json_atomic
+from vdu_fast.checkpoint import fingerprint, write_json_atomic
 from vdu_fast.classifier import frechet_distance
 from vdu_fast.comparison import Comparison
 from vdu_fast.evaluation import percentage_unlearned
@@ -31,10 +32,9 @@ from vdu_fast.sampling import sample_images
 
 def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, Any]:
     """PUL of each class so far and u-FID after every request, and of all at once, written to a file of its own."""
-    settings, names = comparison.settings_of("ours"), comparison.train.class_names
-    key = digest([list(labels), seed, asdict(settings), comparison.made_from])
-    classes = [names[label] for label in labels]
-    path = comparison.output / "runs" / f"sequence-{'-'.join(classes)}-seed-{seed}.json"
+    settings = comparison.settings_of("ours")
+    classes = [comparison.train.class_names[label] for label in labels]
+    path, key = path_of(comparison, labels, seed), key_of(comparison, labels, seed)
     if (record := read_record(path, key)) is not None:
         return record
     judge = _Judge(comparison)
@@ -48,9 +48,21 @@ def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, A
     in_turn, anew = replace(comparison).original, replace(comparison).original  # a copy of its own for each
     requests = [measured(in_turn, images, settings.steps, labels[: done + 1]) for done, images in enumerate(forget)]
     at_once = measured(anew, torch.cat(forget), len(labels) * settings.steps, labels)
-    record = plain({"key": key, "seed": seed, "classes": classes, "requests": requests, "at_once": at_once})
+    about = {"key": key, "judge": fingerprint(comparison.classifier), "seed": seed, "classes": classes}
+    record = plain({**about, "requests": requests, "at_once": at_once})
     write_json_atomic(path, record)
     return record
+
+
+def path_of(comparison: Comparison, labels: Sequence[int], seed: int) -> Path:
+    """The file of a sequence."""
+    classes = [comparison.train.class_names[label] for label in labels]
+    return comparison.output / "runs" / f"sequence-{'-'.join(classes)}-seed-{seed}.json"
+
+
+def key_of(comparison: Comparison, labels: Sequence[int], seed: int) -> str:
+    """A digest of all that decides its result."""
+    return digest([list(labels), seed, asdict(comparison.settings_of("ours")), comparison.made_from])
 
 
 class _Judge:

@@ -11,8 +11,8 @@ Best (see `rank`): of the settings that leave u-FID no higher than the original 
 that forget enough, or else the most forgotten. Where a method has none such, the same among all of its settings.
 
 Ours was given its eight tries twice, before half of a replay batch was focused and with it; the rows are of the second
-time. Its default lambda, 4, is none of them: over all ten digits (default_settings.py) the 5 that won here left PUL at the
-edge of what is enough. The last try of each method was placed after the others. The first of EraseDiff lay where
+time. Its default lambda, 4, is none of them: over all ten digits (default_settings.py) the 5 that won here left PUL at
+the edge of what is enough. The last try of each method was placed after the others. The first of EraseDiff lay where
 everything collapses, and two of these (barrier 1 at 1e-4 and 3e-4) gave way to lower barriers.
 """
 

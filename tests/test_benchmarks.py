@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import json
 import random
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from test_comparison import shades
 from vdu_fast.baselines import METHOD_NAMES, get_method
 from vdu_fast.comparison import Comparison
 from vdu_fast.config import UnlearnConfig
+from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.persistence import PersistenceConfig
 from vdu_fast.report import plain
@@ -218,14 +220,69 @@ class TestProtocol:
         assert [record["method"] for record in records] == jobs == ["ours", "neg_grad"]
         assert bench.persistence() == bench.sequences() == []
         results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
-        protocol.published_runs.publish(bench.output, results)
+        published = protocol.PublishedRuns(results, bench.output)
+        published.publish(bench.current, bench.judge)
+        assert (results / "model" / "posterior.safetensors").exists()
         assert not (results / "model" / "checkpoints").exists()
-        assert protocol.published_runs.take_over(results, elsewhere) == 2
-        assert protocol.published_runs.take_over(results, elsewhere) == 0
+        # What has nothing to add takes nothing away, but for runs that another judge has measured.
+        published.publish({}, bench.judge)
         monkeypatch.setattr(protocol, "pretrain", None)
-        other = protocol.Bench(bench.protocol, str(tmp_path / "shades.npz"), elsewhere, processes=1)
+        data = str(tmp_path / "shades.npz")
+        taken = protocol.PublishedRuns(results, elsewhere)
+        assert len(taken.records) == 2
+        other = protocol.Bench(bench.protocol, data, elsewhere, processes=1, take_over=taken)
         assert plain(other.comparison()[:2]) == plain(records)
         assert jobs == ["ours", "neg_grad", "retrain"]
+        taken.publish({}, "another judge")
+        assert (results / "runs.jsonl").read_text() == ""
+
+    def test_a_run_is_taken_over_where_it_is_current_and_tells_more(self, protocol, tmp_path):
+        results, output = tmp_path / "results", tmp_path / "runs"
+        path = output / "runs" / "one.json"
+        protocol.PublishedRuns(results, output).publish({path: {"key": "now", "judge": "a", "extra": 1}}, "a")
+        published = protocol.PublishedRuns(results, output)
+        for key, judge in (("before", "a"), ("now", "b")):
+            published.take_over(path, key, judge)
+            assert not path.exists()
+        for local in ({"key": "before", "judge": "a", "extra": 2, "more": 3}, {"key": "now", "judge": "a"}):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_text(json.dumps(local))
+            published.take_over(path, "now", "a")
+            assert json.loads(path.read_text())["extra"] == 1
+        path.write_text(json.dumps({"key": "now", "judge": "a", "extra": 2}))
+        published.take_over(path, "now", "a")
+        assert json.loads(path.read_text())["extra"] == 2
+        (results / "runs.jsonl").write_text("<<<<<<< HEAD\n")
+        with pytest.raises(InputError, match="line 1 of .* is not a run"):
+            protocol.PublishedRuns(results, output)
+
+    def test_a_model_of_another_training_is_refused(self, protocol, bench):
+        config = replace(bench.protocol.pretraining, steps=9)
+        with pytest.raises(InputError, match="trained in another way"):
+            protocol.trained(bench.train, bench.output / "model", config)
+
+    @pytest.mark.parametrize(
+        ("flags", "says"),
+        [
+            (["digits", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+            (["digits", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+            (["digits", "--hours", "nan"], "--hours must be 0 or more, got nan"),
+            (["digits", "--go_on", "--results", "/nowhere"], "there is no folder /nowhere"),
+            (["fashion_mnist"], "--data is missing"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, protocol, monkeypatch, capsys, flags, says):
+        monkeypatch.setattr("sys.argv", ["protocol.py", *flags])
+        with pytest.raises(SystemExit, match="2"):
+            protocol.main()
+        assert says in capsys.readouterr().err
+
+    def test_tables_are_written_of_what_there_is(self, protocol, bench, tmp_path):
+        (tmp_path / "studies.md").write_text("of other settings")
+        protocol.write_results(tmp_path, bench.protocol, [], [], {}, [])
+        assert not (tmp_path / "studies.md").exists()
+        assert not (tmp_path / "table.md").exists()
+        assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1
 
     def test_posteriors_of_fewer_checkpoints_end_with_the_same_one(self, protocol, bench):
         used = {name: comparison.posterior.source for name, comparison in bench._variants() if "checkpoints" in name}
@@ -249,6 +306,9 @@ class TestProtocol:
         assert "PUL NO, u-FID NO" in text
         text = protocol.tables.classes_markdown(records[:2])
         assert "PUL yes, u-FID yes" in text
+        text = protocol.tables.classes_markdown(records[:2], planned=4)
+        assert "Not all have run yet: 2 of 4 runs." in text
+        assert "Met" not in text
 
     def test_the_tables_of_the_data_sets_hold_what_was_asked(self, protocol):
         digits, fashion = protocol.PROTOCOLS["digits"], protocol.PROTOCOLS["fashion_mnist"]

@@ -249,6 +249,21 @@ class TestRuns:
             torch.set_num_threads(threads)
         assert [r["metrics"] for r in records] == [r["metrics"] for r in here]
 
+    @pytest.mark.slow
+    def test_processes_end_with_what_they_have_begun(self, comparison):
+        jobs = plan(["neg_grad", "fine_tune"], [drawn(comparison)], 3)
+
+        def stop(done, total, text):
+            if done:
+                raise TimeoutError
+
+        with pytest.raises(TimeoutError):
+            run_all(comparison, jobs, processes=2, progress=stop)
+        # One is done, and one was under way and is finished; nothing goes on behind.
+        made = [job for job in jobs if comparison.finished(job) is not None]
+        assert 1 <= len(made) <= 2
+        assert all(job in jobs[:3] for job in made)
+
     def test_a_class_that_is_never_drawn_is_refused_before_anything_is_run(self, comparison, monkeypatch):
         _, labels = comparison.classifier.embed_and_classify(comparison.original_samples[: CONFIG.samples])
         absent = next(label for label in range(3) if label not in labels)

@@ -13,7 +13,8 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as first_done
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context, parent_process
@@ -252,6 +253,7 @@ class Comparison:
             "class": self.train.class_names[job.label],
             "forget_images": len(self.forget_of(job.label, job.seed)),
             "made_from": self.made_from,
+            "judge": fingerprint(self.classifier),
             "threads": torch.get_num_threads(),
             "device": self.original.device.type,
             "versions": software_versions(),
@@ -324,12 +326,23 @@ def run_all(
         # What this process has loaded already stays here: a copy carries the fields alone.
         context, shared = get_context("spawn"), (replace(comparison),)
         with ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=shared) as pool:
-            futures = {pool.submit(_run_in_process, job): job for job in missing}
+            # No more at a time than there are processes: what waits in the pool could not all be called back.
+            waiting, running = iter(missing), dict[Future[dict[str, Any]], Job]()
+
+            def begin_next() -> None:
+                if (job := next(waiting, None)) is not None:
+                    running[pool.submit(_run_in_process, job)] = job
+
             try:
-                for future in as_completed(futures):
-                    keep(futures[future], future.result())
+                for _ in range(processes):
+                    begin_next()
+                while running:
+                    for future in first_done(running, return_when=FIRST_COMPLETED).done:
+                        keep(running.pop(future), future.result())
+                        begin_next()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # What is under way is finished, and kept in its file.
+                pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return [records[job] for job in jobs]
 

@@ -227,6 +227,13 @@ def table_markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
         title = f"**{row.title}**" if row.method == OURS else row.title
         lines.append(f"| {' | '.join([title, row.sees, *cells, *p_values])} |")
     legend = [_LEGEND, "", describe_columns(records[0])] if asked else [_LEGEND]
+    if len({row.runs for row in rows if row.sees}) > 1:
+        runs = ", ".join(f"{row.title} {row.runs}" for row in rows if row.sees)
+        legend = [
+            f"**Not all have run yet, so that means are over unlike classes and seeds.** Runs: {runs}.",
+            "",
+            *legend,
+        ]
     return "\n".join([*lines, "", *legend, ""])
 
 
