@@ -253,7 +253,7 @@ class TestProtocol:
         published.take_over(path, "now", "a")
         assert json.loads(path.read_text())["extra"] == 2
         (results / "runs.jsonl").write_text("<<<<<<< HEAD\n")
-        with pytest.raises(InputError, match="line 1 of .* is not a run"):
+        with pytest.raises(InputError, match=r"line 1 of .* is not a run"):
             protocol.PublishedRuns(results, output)
 
     def test_a_model_of_another_training_is_refused(self, protocol, bench):
