@@ -81,6 +81,23 @@ def test_a_sample_that_the_hinge_let_go_of_has_no_gradient_even_where_it_is_not_
     assert prediction.grad.tolist() == [[2.0] * elements, [0.0] * elements, [2.0] * elements]
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "reference"])
+@pytest.mark.parametrize(("dtype", "wide"), [(BF16, F32), (F16, BF16), (F32, F64), (F64, F32)])
+def test_a_prediction_and_a_target_of_two_dtypes_meet_in_the_wider_one(backend, dtype, wide):
+    prediction, target = randn(3, 40, seed=1, dtype=dtype).requires_grad_(), randn(3, 40, seed=2, dtype=wide)
+    both = torch.promote_types(dtype, wide)
+    exact = prediction.detach().to(both).requires_grad_()
+    with _native.use_backend(backend):
+        loss = ops.noise_prediction_loss(prediction, 0, target=target)
+        same = ops.noise_prediction_loss(exact, 0, target=target.to(both))
+    assert loss.dtype == torch.promote_types(both, F32)
+    assert torch.equal(bits(loss.detach()), bits(same.detach()))
+    loss.backward()
+    same.backward()
+    assert prediction.grad.dtype == dtype
+    assert torch.equal(prediction.grad, exact.grad.to(dtype))
+
+
 @needs_native
 def test_what_is_not_finite_stays_in_its_sample():
     for elements in (5, 300):
@@ -102,7 +119,8 @@ def test_what_is_not_finite_stays_in_its_sample():
         (lambda: ops.noise_prediction_loss(X, 0, signal=torch.ones(3)), "signal multiplies target; give target = x_0"),
         (lambda: ops.noise_prediction_loss(X, 0, noise=torch.ones(4)), r"noise must be \[3\], got \[4\]"),
         (lambda: ops.noise_prediction_loss(X, 0, weight=torch.ones(3).long()), "weight must be a floating-point"),
-        (lambda: ops.noise_prediction_loss(X, 0, target=X.double()), "all tensors must have one dtype"),
+        (lambda: ops.noise_prediction_loss(X, 0, target=X.long()), "target must be a floating-point tensor"),
+        (lambda: ops.noise_prediction_loss(X, 0, target=X[:1]), "all tensors must have one shape"),
         (lambda: ops.noise_prediction_loss(torch.tensor(1.0), 0), r"prediction must be \[B, ...\], got a scalar"),
         (lambda: ops.mix_noise(torch.tensor(1.0), *[torch.tensor(1.0)] * 2, 0), r"x0 must be \[B, ...\], got a scalar"),
         (lambda: ops.mix_noise(X, torch.ones(3), torch.ones(3, 1), 0), r"noise must be \[3\], got \[3, 1\]"),

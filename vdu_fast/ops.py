@@ -349,7 +349,8 @@ def noise_prediction_loss(
         weight: float [B] or None.
         reduction: "none" gives [B], the sum over each sample's elements; "sum" the sum of these; "mean" that sum over
             the number of elements of `prediction`.
-        target: of the shape of `prediction`; when given, no noise is drawn.
+        target: of the shape of `prediction`; when given, no noise is drawn. Of two dtypes the wider one is computed in,
+            as under autocast, where a bfloat16 prediction meets a float32 target.
         signal, noise: float [B]; the target is signal target + noise eps, which covers every prediction type with
             target = x_0: v_prediction has signal = -sqrt(1 - abar_t) and noise = sqrt(abar_t), flow matching -1 and 1.
         saturation: a bounded stand-in for errors that are pushed up, applied to each sample's weighted error e:
@@ -357,7 +358,7 @@ def noise_prediction_loss(
         limit, beta, before: float [B], of the saturation.
 
     Returns:
-        float32, or float64 for a float64 prediction.
+        float32, or float64 where prediction or target is float64.
 
     Raises:
         InputError: a shape, a dtype, the reduction or the saturation is not among these.
@@ -377,6 +378,9 @@ def noise_prediction_loss(
     for name, value in vectors.items():
         if value is not None:
             _check_per_sample(op, name, value, prediction)
+    if target is not None and prediction.is_floating_point() and target.is_floating_point():
+        wider = torch.promote_types(prediction.dtype, target.dtype)
+        prediction, target = prediction.to(wider), target.to(wider)
     _same_shape(op, prediction=prediction, **({} if target is None else {"target": target}))
     implementation = _implementation("noise_prediction_error", prediction.device)
     error = implementation(prediction, target, signal, noise, _integer("seed", seed), _integer("step", step))
