@@ -102,7 +102,7 @@ PROTOCOLS = {
     "fashion_mnist": Protocol(
         classes=(1, 3, 5, 7, 9),
         shared_classes=(1, 5, 9),
-        pretraining=PretrainConfig(steps=4000, anneal_steps=1000, channels=(16, 32, 64)),
+        pretraining=PretrainConfig(steps=2400, anneal_steps=500, channels=(32, 64, 64)),
         resize=16,
     ),
 }
