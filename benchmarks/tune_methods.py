@@ -111,7 +111,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 
-# What was set after these rounds, by a sweep over all ten digits (default_settings.py), which no other method was given.
+# Set after these rounds, by a sweep over all ten digits (default_settings.py), which no other method was given.
 SET_LATER: dict[str, dict[str, Any]] = {"ours": {"replay_weight": 4.0}}
 
 MEANS = ("pul", "u_fid", "oracle", "original", "floor")
