@@ -5,7 +5,8 @@
 
 Finished runs in the output folder are kept where they were made under the settings of now, so the command goes on where
 it was stopped. `--hours` stops it by itself, and `--go_on` takes over the runs that the results hold, whatever machine
-made them. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
+made them; without it a judge is trained anew where the output folder has none, and published runs that another judge
+measured give way. Tables and pictures go to benchmarks/results/DATA/, from whatever has run when it ends:
 
     table.md, table.csv     every method on the classes that all methods forget
     classes.md              ours on each of its classes
@@ -185,9 +186,9 @@ class Bench:
         for count in self.protocol.forget_counts:
             yield f"{count} forget images", self._variant(f"forget-images-{count}", forget_images=count)
         counts = self.protocol.checkpoint_counts
-        folder = self.output / f"model-with-{max(counts, default=0)}-checkpoints"
+        most = max(counts, default=0)
+        folder = self.output / f"model-with-{most}-checkpoints"
         if counts and (finished(folder) or not self._late()):
-            most = max(counts)
             settings = replace(self.base.pretraining or PretrainConfig(), checkpoints=most, device="cpu")
             model = trained(self.train, folder, settings)
             files = sorted((model / "checkpoints").glob("*.safetensors"))
@@ -292,14 +293,16 @@ def write_results(
     if ours:
         texts["classes.md"] = tables.classes_markdown(ours, protocol.seeds * len(protocol.classes))
     every = [("", record) for record in records]
-    for stale in ("studies.md", "studies.png"):
-        (folder / stale).unlink(missing_ok=True)
     if studies:
         whole = [record for record in ours if record["label"] in protocol.study_classes]
         alone = {"all forget images": whole} if whole else {}
         texts["studies.md"] = tables.studies_markdown(alone | studies, sequences)
         write_bytes_atomic(folder / "studies.png", tables.studies_png(alone | studies))
         every += [(name, record) for name, runs in studies.items() for record in runs]
+    else:
+        # Those of other settings would be read as these runs'.
+        for stale in ("studies.md", "studies.png"):
+            (folder / stale).unlink(missing_ok=True)
     texts["runs.csv"] = tables.runs_csv(every)
     for name, text in texts.items():
         write_bytes_atomic(folder / name, text.encode())
