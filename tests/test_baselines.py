@@ -120,12 +120,14 @@ def test_settings_that_make_no_sense():
         get_method("siss").settings(learning_rate=math.nan)
 
 
-def test_ours_needs_its_whole_budget():
-    needed = evaluations_of_unlearn(OURS, len(FORGET))
-    record, _ = run("ours", budget=needed)
+@pytest.mark.parametrize("images", [12, 1100])
+def test_ours_needs_its_whole_budget(images):
+    needed = evaluations_of_unlearn(OURS, images)
+    inputs = MethodInputs(pictures(images, 1), None, random_posterior(build_pipeline().unet))
+    record, _ = run("ours", budget=needed, inputs=inputs)
     assert record["evaluations"] == needed
     with pytest.raises(InputError, match=f"budget: {needed - 1} network evaluations, and these settings need {needed}"):
-        run("ours", budget=needed - 1)
+        run("ours", budget=needed - 1, inputs=inputs)
 
 
 class TestVisibility:

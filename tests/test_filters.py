@@ -8,8 +8,9 @@ from diffusers import DDPMScheduler
 from tiny import build_tiny
 from torch import Tensor, nn
 
+from vdu_fast import filters
 from vdu_fast.errors import InputError
-from vdu_fast.filters import classifier_filter, positive_unlabelled_filter
+from vdu_fast.filters import classifier_filter, examples, positive_unlabelled_filter
 from vdu_fast.pipelines import Denoiser
 
 SHAPE = (1, 8, 8)
@@ -67,6 +68,18 @@ def test_no_more_is_dropped_than_allowed_the_most_like_first(denoiser, bank):
 def test_too_few_forget_images_are_refused(denoiser, bank):
     with pytest.raises(InputError, match="at least 8 forget images, got 7"):
         positive_unlabelled_filter(denoiser, bank, bars(7, 1, 3), feature_module="encode")
+
+
+def test_of_many_forget_images_evenly_spaced_ones_are_looked_at(denoiser, bank, monkeypatch):
+    assert torch.equal(examples(torch.arange(7)), torch.arange(7))
+    monkeypatch.setattr(filters, "MOST_FORGET_IMAGES", 40)
+    assert torch.equal(examples(torch.arange(100))[:5], torch.tensor([0, 2, 5, 7, 10]))
+    forget, other = bars(40, 1, 3), bars(40, 6, 4)
+    few, many = (
+        positive_unlabelled_filter(denoiser, bank, images, feature_module="encode")
+        for images in (forget, torch.stack((forget, other), dim=1).flatten(0, 1))
+    )
+    assert torch.equal(few.likeness, many.likeness)
 
 
 class Left(nn.Module):

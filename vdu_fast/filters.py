@@ -17,6 +17,8 @@ from vdu_fast.pipelines import Denoiser
 
 # Clean enough to show what is drawn, deep enough into the noise levels that the middle block sees the whole of it.
 FEATURE_LEVELS = (0.05, 0.15, 0.30)
+# Of so many forget images more make the fit no better, and each costs network evaluations.
+MOST_FORGET_IMAGES = 1000
 ROUNDS = 3
 LOGISTIC_C = 0.003
 # Held-out forget images further than this many (robust) standard deviations below their median are given up.
@@ -124,7 +126,7 @@ def positive_unlabelled_filter(
     Args:
         denoiser: the model before unlearning.
         bank_images: float32 [N, C, H, W], drawn by it.
-        forget_images: float32 [M, C, H, W], M >= 8.
+        forget_images: float32 [M, C, H, W], M >= 8; see `examples`.
         feature_module: name of the submodule to read; None takes `mid_block`.
         max_dropped: at most this share of the bank is dropped, the best-scored first.
         batch_size: images per network call.
@@ -134,7 +136,7 @@ def positive_unlabelled_filter(
     """
     module = check_positive_unlabelled(denoiser, forget_images, feature_module)
     bank = middle_features(denoiser, bank_images, module, batch_size=batch_size)
-    forget = middle_features(denoiser, forget_images, module, batch_size=batch_size)
+    forget = middle_features(denoiser, examples(forget_images), module, batch_size=batch_size)
     fit = fit_positive_unlabelled(bank, forget)
     median = fit.held_out.median()
     spread = 1.4826 * (fit.held_out - median).abs().median()
@@ -142,6 +144,12 @@ def positive_unlabelled_filter(
     suspected, limited = _at_most(max_dropped, scores >= median - TOLERANCE * spread, scores)
     report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), fit.share, limited)
     return Filtered(~suspected, scores, report)
+
+
+def examples(forget_images: Tensor) -> Tensor:
+    """What is looked at of the forget images: all, or `MOST_FORGET_IMAGES` of them, evenly spaced."""
+    count = min(len(forget_images), MOST_FORGET_IMAGES)
+    return forget_images[torch.arange(count) * len(forget_images) // count]
 
 
 def check_positive_unlabelled(denoiser: Denoiser, forget_images: Tensor, feature_module: str | None) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.filters import FEATURE_LEVELS
+from vdu_fast.filters import FEATURE_LEVELS, MOST_FORGET_IMAGES
 
 FORWARD, BACKWARD = 1, 2
 
@@ -68,5 +68,5 @@ def evaluations_of_unlearn(config: UnlearnConfig, forget_images: int) -> int:
         # The bank measures on as many states as it has trajectories, at most.
         spent += checks * min(config.check_size, config.replay_samples)
     if replay and config.bank_filter == "positive_unlabelled":
-        spent += len(FEATURE_LEVELS) * (config.replay_samples + forget_images)
+        spent += len(FEATURE_LEVELS) * (config.replay_samples + min(forget_images, MOST_FORGET_IMAGES))
     return spent

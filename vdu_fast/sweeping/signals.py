@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vdu_fast.classifier import frechet_distance
 from vdu_fast.errors import InputError
-from vdu_fast.filters import find_feature_module, fit_positive_unlabelled, middle_features
+from vdu_fast.filters import examples, find_feature_module, fit_positive_unlabelled, middle_features
 from vdu_fast.pipelines import Denoiser
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Signals:
     ) -> None:
         self.original, self.batch_size = original, batch_size
         self._module = find_feature_module(original.module, feature_module)
-        features, forget = self._features(drawn), self._features(forget_images)
+        features, forget = self._features(drawn), self._features(examples(forget_images))
         reference = features[2 * samples :]
         self._fit = fit_positive_unlabelled(reference, forget)
         self._threshold = self._fit.held_out.quantile(LOW)
