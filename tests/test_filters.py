@@ -82,6 +82,28 @@ def test_of_many_forget_images_evenly_spaced_ones_are_looked_at(denoiser, bank, 
     assert torch.equal(few.likeness, many.likeness)
 
 
+def test_many_forget_images_show_themselves_how_far_down_they_reach(denoiser, bank):
+    # One in twenty is fainter than the others: too few to widen their middle, too many to be given up.
+    plain, faint = bars(570, 1, 3), 0.5 * bars(30, 1, 4) - 0.25
+    drawn = torch.cat((bank, faint))
+
+    def faint_left(forget: Tensor) -> int:
+        found = positive_unlabelled_filter(denoiser, drawn, forget, feature_module="encode")
+        assert not found.keep[FORGET].any()
+        assert found.keep[NEAR].all()
+        assert found.keep[FAR].all()
+        return int(found.keep[len(bank) :].sum())
+
+    assert faint_left(torch.cat((plain, faint))) < 10 < 20 < faint_left(plain)
+
+
+def test_a_few_forget_images_do_not_say_how_far_down_the_others_reach():
+    scores = torch.linspace(-1, 1, filters.ENOUGH, dtype=torch.float64)
+    scores[::20] = -9.0
+    assert filters._threshold(scores) == -9.0
+    assert -4.0 < filters._threshold(scores[1:]) < -2.0
+
+
 class Left(nn.Module):
     """Two classes by which half of the picture is brighter."""
 
