@@ -120,14 +120,15 @@ def test_settings_that_make_no_sense():
         get_method("siss").settings(learning_rate=math.nan)
 
 
-@pytest.mark.parametrize("images", [12, 1100])
-def test_ours_needs_its_whole_budget(images):
-    needed = evaluations_of_unlearn(OURS, images)
+@pytest.mark.parametrize(("images", "forget_share"), [(12, 1.0), (1100, 1.0), (12, 0.6)])
+def test_ours_needs_its_whole_budget(images, forget_share):
+    settings = replace(OURS, forget_share=forget_share)
+    needed = evaluations_of_unlearn(settings, images)
     inputs = MethodInputs(pictures(images, 1), None, random_posterior(build_pipeline().unet))
-    record, _ = run("ours", budget=needed, inputs=inputs)
+    record, _ = run("ours", budget=needed, inputs=inputs, settings=settings)
     assert record["evaluations"] == needed
     with pytest.raises(InputError, match=f"budget: {needed - 1} network evaluations, and these settings need {needed}"):
-        run("ours", budget=needed - 1, inputs=inputs)
+        run("ours", budget=needed - 1, inputs=inputs, settings=settings)
 
 
 class TestVisibility:

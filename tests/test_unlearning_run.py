@@ -94,7 +94,7 @@ def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Te
     elements, total = math.prod(SHAPE), config.reduction == "sum"
     a = forget.mean() * (len(run.images) * (high - low) * elements if total else 1)
     b = 0.5 * z.square().sum() / (1 if total else z.numel())
-    loss = -(1 - config.gamma) * a + config.gamma * b
+    loss = -(1 - config.gamma) * a * (step < config.forget_steps) + config.gamma * b
     if run.bank is not None:
         x, s, old_prediction = run.bank.batch(config.replay_batch_size, step, config.seed, focus=config.replay_focus)
         distance = error(network, x.double(), s, old_prediction.double()).mean()
@@ -116,6 +116,8 @@ def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Te
         {"replay_weight": 3.0, "replay_batch_size": 8},
         {"replay_weight": 3.0, "replay_batch_size": 8, "reduction": "sum", "weighting": "elbo", "learning_rate": 0.05},
         {"replay_weight": 2.0, "replay_batch_size": 4, "saturation": "npo", "timestep_window": (0, 20)},
+        {"replay_weight": 3.0, "replay_batch_size": 8, "steps": 3, "anneal": 0.0, "forget_share": 0.5},
+        {"replay_weight": 2.0, "replay_batch_size": 4, "steps": 3, "anneal": 0.0, "forget_share": 0.3, "saturation": "npo"},
     ],
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()) or "defaults",
 )
@@ -208,6 +210,18 @@ def test_the_trust_region_switches_the_forget_term_off_while_the_penalty_is_abov
     wider = start(images, optimizer="natural_sign", learning_rate=0.5, trust_region=0.13, gamma=0.0)
     wider.step()
     assert wider.step()["gradient_norm"] > 0
+
+
+def test_after_its_share_of_the_steps_the_forget_term_costs_nothing(images, bank):
+    run = start(images, bank, replay_weight=2.0, replay_batch_size=8, batch_size=4, steps=4, forget_share=0.5)
+    sizes, predict = [], run.denoiser.predict
+    run.denoiser.predict = lambda x_t, timesteps, **how: sizes.append(len(x_t)) or predict(x_t, timesteps, **how)
+    records = [run._step() for _ in range(4)]
+    run.release()
+    assert [size for size in sizes if size in (8, 12)] == [12, 12, 8, 8]
+    assert ["forget_loss" in record for record in records] == [True, True, False, False]
+    without_bank = start(images, steps=4, forget_share=0.5)
+    assert all("forget_loss" in without_bank._step() for _ in range(4))
 
 
 def test_a_run_stops_when_the_forget_loss_reaches_its_target(images):

@@ -30,6 +30,8 @@ class UnlearnConfig:
         momentum: of "natural" and "natural_sign".
         steps: optimizer steps at most; a guard may stop earlier.
         anneal: share of the steps, at their end, over which the learning rate falls linearly to zero; 0 is never.
+        forget_share: share of the steps, at their start, in which the forget term acts, where there is a replay bank;
+            in those after them the bank alone repairs what forgetting cost, at half the price of a step. 1 is always.
         batch_size: forget images per step.
         replay_batch_size: replayed states per step.
         accumulate: minibatches averaged into one step.
@@ -81,6 +83,7 @@ class UnlearnConfig:
     momentum: float = 0.0
     steps: int = 100
     anneal: float = 0.5
+    forget_share: float = 1.0
     batch_size: int = 64
     replay_batch_size: int = 64
     accumulate: int = 1
@@ -162,6 +165,11 @@ class UnlearnConfig:
             )
         if not 0 <= self.anneal <= 1:
             raise InputError(f"anneal must be in [0, 1], the share of the steps that is annealed, got {self.anneal}.")
+        if not 0 < self.forget_share <= 1:
+            raise InputError(
+                f"forget_share must be above 0 and at most 1, the share of the steps that forget, got "
+                f"{self.forget_share}."
+            )
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum must be in [0, 1), got {self.momentum}.")
         if not 0 < self.max_dropped < 1:
@@ -178,6 +186,11 @@ class UnlearnConfig:
                 )
         # list() would take a lone pattern apart, and the "*" in it would then match everything.
         self.trainable = [self.trainable] if isinstance(self.trainable, str) else list(self.trainable)
+
+    @property
+    def forget_steps(self) -> int:
+        """How many steps the forget term acts in, from the first on."""
+        return math.ceil(self.forget_share * self.steps) if self.replay_weight > 0 else self.steps
 
     @property
     def execution(self) -> Execution:

@@ -159,7 +159,8 @@ class UnlearningRun:
     def _step(self) -> dict[str, float]:
         config, weights = self.config, self.weights
         kl_before = weights.kl
-        forgetting = config.trust_region is None or kl_before / self.arena.numel < config.trust_region
+        trusted = config.trust_region is None or kl_before / self.arena.numel < config.trust_region
+        forgetting = trusted and self.step_number < config.forget_steps
         totals: dict[str, float] = {}
         passes = config.samples_per_step * config.accumulate
         first_draw = self.step_number * passes
@@ -239,17 +240,36 @@ class UnlearningRun:
     @phase("loss")  # all of it that is in no other phase
     def _network_gradient(self, draw: int, *, forgetting: bool) -> dict[str, float]:
         """Losses of the terms that pass through the network at the weights in the arena, whose gradient they leave."""
-        config = self.config
-        x0, x_t, timesteps, replay_target = self._batch(draw)
+        # Without a bank nothing else would pass through it, and a compiled one was checked at the size of both halves.
+        whole = forgetting or self.bank is None or self.denoiser.execution.compile != "off"
+        x0, x_t, timesteps, replay_target = self._batch(draw, forget=whole)
         forget = len(x0)
         with phase("data"):
             weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
-        reference = self._reference_error(draw, x_t[:forget], *batch) if config.saturation == "npo" else None
+        npo = self.config.saturation == "npo" and forget > 0
+        reference = self._reference_error(draw, x_t[:forget], *batch) if npo else None
         with phase("forward"):
             prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
-        error = self._forget_error(prediction[:forget], draw, *batch)
-        before = self.start_curve[timesteps[:forget]]
+        terms, measured = [], {}
+        if forget:
+            error = self._forget_error(prediction[:forget], draw, *batch)
+            measured["forget_loss"] = float(error.detach().mean())
+            terms.append(self._ascent(error, batch[1], reference) * (1.0 if forgetting else 0.0))
+        if replay_target is not None:
+            distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
+            measured["replay_loss"] = float(distance.detach())
+            terms.append(self.config.replay_weight * self.replay_scale * distance)
+        loss = sum(terms[1:], terms[0])
+        with phase("backward"):
+            self.arena.zero_grad()
+            loss.backward()
+        return {"loss": float(loss.detach()), **measured}
+
+    @phase("loss")
+    def _ascent(self, error: Tensor, timesteps: Tensor, reference: Tensor | None) -> Tensor:
+        """The term -(1 - gamma) A, from the errors of a forget batch, [B], at its timesteps."""
+        config, before = self.config, self.start_curve[timesteps]
         ascent = ascent_loss(
             error,
             config.saturation,
@@ -257,16 +277,7 @@ class UnlearningRun:
             beta=config.npo_beta / before,
             reference=reference,
         )
-        loss = (1 - config.gamma) * self.forget_scale * ascent if forgetting else 0 * ascent
-        measured = {"forget_loss": float(error.detach().mean())}
-        if replay_target is not None:
-            distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
-            loss = loss + config.replay_weight * self.replay_scale * distance
-            measured["replay_loss"] = float(distance.detach())
-        with phase("backward"):
-            self.arena.zero_grad()
-            loss.backward()
-        return {"loss": float(loss.detach()), **measured}
+        return (1 - config.gamma) * self.forget_scale * ascent
 
     @phase("loss")
     def _forget_error(self, prediction: Tensor, draw: int, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
@@ -276,9 +287,12 @@ class UnlearningRun:
         )
 
     @phase("data")
-    def _batch(self, draw: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x_0 of the forget half, x_t and timesteps of both halves, and what the old model predicted of the other."""
-        x0, x_t, timesteps = self._forget_batch(draw)
+    def _batch(self, draw: int, *, forget: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x_0 of the forget half, x_t and timesteps of both halves, and what the old model predicted of the other.
+
+        Where not to `forget`, the forget half is empty.
+        """
+        x0, x_t, timesteps = self._forget_batch(draw) if forget else self._no_forget_batch()
         if self._replay_batch is None:
             return x0, x_t, timesteps, None
         # One network call for both halves: at these sizes a call costs more than its samples.
@@ -294,6 +308,10 @@ class UnlearningRun:
         low, high = self.window
         timesteps = randint(high, len(x0), config.seed, draw, low=low, stream=Stream.TIMESTEPS).to(device)
         return x0, self.denoiser.schedule.mix_noise(x0, timesteps, config.seed, draw), timesteps
+
+    def _no_forget_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        none = self.images[:0].to(self.denoiser.device)
+        return none, none, torch.empty(0, dtype=torch.int64, device=none.device)
 
     @phase("weights")
     def _reference_error(self, draw: int, x_t: Tensor, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:

@@ -255,8 +255,8 @@ class Sweep:
 def annealed_states(run: UnlearningRun, step_counts: Sequence[int]) -> Iterator[int]:
     """Put into the network, for one number of steps after another, the mean that a run of just these steps ends with.
 
-    Runs of different lengths are equal bit for bit until the shortest begins to anneal, so that one trunk at the full
-    rate serves them all: a copy of its state is annealed for each.
+    Runs of different lengths are equal bit for bit until the shortest begins to anneal, or ends to forget, so that one
+    trunk at the full rate serves them all: a copy of its state is annealed for each.
 
     Args:
         run: at its start; `config.steps` must be the largest of the counts.
@@ -267,7 +267,7 @@ def annealed_states(run: UnlearningRun, step_counts: Sequence[int]) -> Iterator[
     """
     config = run.config
     for steps in step_counts:
-        while run.step_number < int(steps * (1 - config.anneal)):
+        while run.step_number < min(int(steps * (1 - config.anneal)), replace(config, steps=steps).forget_steps):
             run.step()
         trunk = {name: tensor.clone() for name, tensor in run.state_dict().items()}
         run.config = replace(config, steps=steps)
