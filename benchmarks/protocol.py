@@ -36,6 +36,7 @@ from vdu_fast.baselines import METHOD_NAMES
 from vdu_fast.checkpoint import fingerprint, write_bytes_atomic
 from vdu_fast.comparison import Comparison, Job, plan, read_pretraining, run_all
 from vdu_fast.comparison_report import write_comparison
+from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet, load_images
 from vdu_fast.demo import shipped_model
 from vdu_fast.errors import InputError
@@ -103,8 +104,9 @@ PROTOCOLS = {
     "fashion_mnist": Protocol(
         classes=(1, 3, 5, 7, 9),
         shared_classes=(1, 5, 9),
-        pretraining=PretrainConfig(steps=2400, anneal_steps=500, channels=(32, 64, 64)),
+        pretraining=PretrainConfig(steps=6000, anneal_steps=1500, channels=(32, 64, 64)),
         resize=16,
+        settings={"ours": UnlearnConfig(replay_weight=8.0, forget_share=0.5)},
     ),
 }
 PERSISTENCE = PersistenceConfig(relearn_samples=500)

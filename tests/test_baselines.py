@@ -120,9 +120,12 @@ def test_settings_that_make_no_sense():
         get_method("siss").settings(learning_rate=math.nan)
 
 
-@pytest.mark.parametrize(("images", "forget_share"), [(12, 1.0), (1100, 1.0), (12, 0.6)])
-def test_ours_needs_its_whole_budget(images, forget_share):
-    settings = replace(OURS, forget_share=forget_share)
+@pytest.mark.parametrize(
+    ("images", "changes"),
+    [(12, {}), (1100, {}), (12, {"forget_share": 0.6, "forget_anchor": 0.5}), (12, {"saturation": "npo"})],
+)
+def test_ours_needs_its_whole_budget(images, changes):
+    settings = replace(OURS, **changes)
     needed = evaluations_of_unlearn(settings, images)
     inputs = MethodInputs(pictures(images, 1), None, random_posterior(build_pipeline().unet))
     record, _ = run("ours", budget=needed, inputs=inputs, settings=settings)
