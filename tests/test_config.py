@@ -66,8 +66,6 @@ def test_gamma_may_be_zero_and_almost_one(gamma):
         ({"learn_std": True}, "learn_std needs family mean_field"),
         ({"samples_per_step": 2}, "samples_per_step above 1 needs family mean_field"),
         ({"timestep_window": (5, 5)}, r"timestep_window must be \[low, high\)"),
-        ({"forget_anchor": -0.5}, "forget_anchor must be 0 or a positive number"),
-        ({"anchor_window": (5, 5)}, r"anchor_window must be \[low, high\)"),
         ({"timestep_window": (-1, 5)}, r"timestep_window must be \[low, high\)"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -85,8 +85,6 @@ def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Te
         return torch.func.functional_call(old, new, (x, t))
 
     forget = error(network, x_t, t, target[schedule.prediction_type])
-    anchor_low, anchor_high = config.anchor_window or (0, T)
-    distance = error(network, x_t, t, old(x_t, t).detach()) * ((t >= anchor_low) & (t < anchor_high))
     if config.saturation == "hinge":
         forget = torch.minimum(forget, config.hinge_ratio * run.start_curve[t].double())
     elif config.saturation == "npo":
@@ -94,7 +92,7 @@ def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Te
         beta = config.npo_beta / run.start_curve[t].double()
         forget = -2 / beta * torch.log1p(torch.exp(-beta * (forget - reference)))
     elements, total = math.prod(SHAPE), config.reduction == "sum"
-    a = (forget - config.forget_anchor / (1 - config.gamma) * distance).mean() * (len(run.images) * (high - low) * elements if total else 1)
+    a = forget.mean() * (len(run.images) * (high - low) * elements if total else 1)
     b = 0.5 * z.square().sum() / (1 if total else z.numel())
     loss = -(1 - config.gamma) * a * (step < config.forget_steps) + config.gamma * b
     if run.bank is not None:
@@ -120,8 +118,6 @@ def objective(module: nn.Module, run: UnlearningRun, z: Tensor, step: int) -> Te
         {"replay_weight": 2.0, "replay_batch_size": 4, "saturation": "npo", "timestep_window": (0, 20)},
         {"replay_weight": 3.0, "replay_batch_size": 8, "steps": 3, "anneal": 0.0, "forget_share": 0.5},
         {"replay_weight": 2.0, "replay_batch_size": 4, "steps": 3, "anneal": 0.0, "forget_share": 0.3, "saturation": "npo"},
-        {"replay_weight": 2.0, "replay_batch_size": 4, "forget_anchor": 0.6},
-        {"forget_anchor": 0.6, "anchor_window": (10, 30), "saturation": "npo", "reduction": "sum", "learning_rate": 0.05},
     ],
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()) or "defaults",
 )

@@ -44,9 +44,6 @@ class UnlearnConfig:
         hinge_ratio: under "hinge", a sample is let go when its error reaches this multiple of what the forget data had
             at that timestep before.
         npo_beta: under "npo", in units of 1 / what the error was at that timestep before.
-        forget_anchor: weight of the function-space term on the forget batch itself, in units of the forget term's: holds
-            the ascent to where the old model is unsure of its prediction. 0 is off; costs a network call per step.
-        anchor_window: [low, high) of timesteps on which it acts; null is all.
         target_ratio: stop when the forget loss on a fixed batch with fixed noise reaches this multiple of its start.
         trust_region: the forget term acts only while B per parameter is below this.
         max_gradient_norm: clip the gradient, in the coordinates of the optimizer, to this norm.
@@ -98,8 +95,6 @@ class UnlearnConfig:
     saturation: Saturation = "hinge"
     hinge_ratio: float = 3.0
     npo_beta: float = 1.0
-    forget_anchor: float = 0.0
-    anchor_window: tuple[int, int] | None = None
     target_ratio: float | None = None
     trust_region: float | None = None
     max_gradient_norm: float | None = None
@@ -161,9 +156,8 @@ class UnlearnConfig:
                 raise InputError(f"{name} must be a positive number, got {value}.")
         if self.target_ratio is not None and self.target_ratio <= 1:
             raise InputError(f"target_ratio must be above 1, the forget loss at the start, got {self.target_ratio}.")
-        for name in ("replay_weight", "forget_anchor"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} must be 0 or a positive number, got {getattr(self, name)}.")
+        if not (math.isfinite(self.replay_weight) and self.replay_weight >= 0):
+            raise InputError(f"replay_weight must be 0 or a positive number, got {self.replay_weight}.")
         if not 0 <= self.replay_focus <= 1:
             raise InputError(
                 f"replay_focus must be in [0, 1], the share of a replay batch that is like what must go, got "
@@ -184,11 +178,12 @@ class UnlearnConfig:
             raise InputError("learn_std needs family mean_field: under mean_only q has a fixed standard deviation.")
         if self.samples_per_step > 1 and self.family != "mean_field":
             raise InputError("samples_per_step above 1 needs family mean_field: under mean_only all samples are equal.")
-        for name in ("timestep_window", "anchor_window"):
-            if (window := getattr(self, name)) is not None:
-                setattr(self, name, window := (int(window[0]), int(window[1])))
-                if not 0 <= window[0] < window[1]:
-                    raise InputError(f"{name} must be [low, high) with 0 <= low < high, got {window}.")
+        if self.timestep_window is not None:
+            self.timestep_window = (int(self.timestep_window[0]), int(self.timestep_window[1]))
+            if not 0 <= self.timestep_window[0] < self.timestep_window[1]:
+                raise InputError(
+                    f"timestep_window must be [low, high) with 0 <= low < high, got {self.timestep_window}."
+                )
         # list() would take a lone pattern apart, and the "*" in it would then match everything.
         self.trainable = [self.trainable] if isinstance(self.trainable, str) else list(self.trainable)
 
@@ -196,11 +191,6 @@ class UnlearnConfig:
     def forget_steps(self) -> int:
         """How many steps the forget term acts in, from the first on."""
         return math.ceil(self.forget_share * self.steps) if self.replay_weight > 0 else self.steps
-
-    @property
-    def asks_old_model(self) -> bool:
-        """Whether the forget term needs what the model before unlearning predicts on its batch."""
-        return self.saturation == "npo" or self.forget_anchor > 0
 
     @property
     def execution(self) -> Execution:

@@ -247,19 +247,15 @@ class UnlearningRun:
         with phase("data"):
             weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
-        asked = self.config.asks_old_model and forget > 0
-        old = self._old_prediction(draw, x_t[:forget], timesteps[:forget]) if asked else None
+        npo = self.config.saturation == "npo" and forget > 0
+        reference = self._reference_error(draw, x_t[:forget], *batch) if npo else None
         with phase("forward"):
             prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
         terms, measured = [], {}
         if forget:
             error = self._forget_error(prediction[:forget], draw, *batch)
             measured["forget_loss"] = float(error.detach().mean())
-            reference = self._reference_error(old, draw, *batch) if self.config.saturation == "npo" else None
-            ascent = self._ascent(error, batch[1], reference)
-            if self.config.forget_anchor > 0:
-                ascent = ascent + self._anchor(prediction[:forget], old, *batch[1:])
-            terms.append(ascent * (1.0 if forgetting else 0.0))
+            terms.append(self._ascent(error, batch[1], reference) * (1.0 if forgetting else 0.0))
         if replay_target is not None:
             distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
             measured["replay_loss"] = float(distance.detach())
@@ -318,29 +314,16 @@ class UnlearningRun:
         return none, none, torch.empty(0, dtype=torch.int64, device=none.device)
 
     @phase("weights")
-    def _old_prediction(self, draw: int, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model before unlearning predicts, by putting mu* into the arena for one call."""
+    def _reference_error(self, draw: int, x_t: Tensor, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
+        """The errors of the model before unlearning, by putting mu* into the arena for one call."""
         self._in_network = None  # first: whatever fails below, the network no longer holds what it held
         with torch.no_grad():
             self.arena.theta.copy_(self.weights.center)
             with phase("forward"):
                 prediction = self.denoiser.predict(x_t, timesteps)
+            error = self._forget_error(prediction, draw, x0, timesteps, weight)
         self._put(draw)
-        return prediction
-
-    def _reference_error(self, old: Tensor | None, draw: int, x0: Tensor, timesteps: Tensor, weight: Tensor) -> Tensor:
-        assert old is not None
-        with torch.no_grad():
-            return self._forget_error(old, draw, x0, timesteps, weight)
-
-    @phase("loss")
-    def _anchor(self, prediction: Tensor, old: Tensor | None, timesteps: Tensor, weight: Tensor) -> Tensor:
-        """The function-space term on the forget batch, in the units of A."""
-        config = self.config
-        low, high = config.anchor_window or (0, len(self.denoiser.schedule))
-        inside = (timesteps >= low) & (timesteps < high)
-        distance = per_sample_error(prediction, old, weight * inside).mean()
-        return config.forget_anchor * self.forget_scale * distance
+        return error
 
     @phase("check")
     def _check(self) -> dict[str, float]:

@@ -62,7 +62,8 @@ def evaluations_of_unlearn(config: UnlearnConfig, forget_images: int) -> int:
     # At the start the forget loss, and its course over the timesteps on four times as many samples.
     spent = (1 + 4 + checks) * config.check_size
     images = config.forget_steps * config.batch_size + (config.steps * config.replay_batch_size if replay else 0)
-    asked = config.forget_steps * config.batch_size if config.asks_old_model else 0
+    # npo asks the model before unlearning, too.
+    asked = config.forget_steps * config.batch_size if config.saturation == "npo" else 0
     spent += config.accumulate * config.samples_per_step * ((FORWARD + BACKWARD) * images + FORWARD * asked)
     if replay:
         spent += config.replay_samples * config.replay_sampler_steps
