@@ -5,7 +5,7 @@
 Every setting below on the classes, the model and the judge of `protocol.py fashion_mnist`, with one seed. Runs go to
 the protocol's output folder, where they stay as they do there, and a row for each to
 benchmarks/results/fashion_mnist/settings.csv; what has a row already is not run. The starting noise of the evaluation
-is not that of any table.
+is not that of the tables. The committed rows were measured on an H200.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from published_runs import PublishedRuns
 from vdu_fast.benchmarks.ledger import STAMP, append, rows, stamp
 from vdu_fast.comparison import Comparison, Job, run_all
 from vdu_fast.config import UnlearnConfig
+from vdu_fast.errors import InputError
 
 NAME = "fashion_mnist"
 TABLE = RESULTS / NAME / "settings.csv"
@@ -88,7 +89,7 @@ def row_of(name: str, record: dict[str, Any], comparison: Comparison) -> dict[st
     }
 
 
-def measure_missing(bench: Bench, names: Iterable[str]) -> None:
+def measure_missing(bench: Bench, names: Collection[str]) -> None:
     """Run what has no row yet, setting by setting."""
     labels = PROTOCOLS[NAME].classes
     for number, name in enumerate(SETTINGS):
@@ -125,9 +126,12 @@ def main() -> None:
     if not arguments.table:
         if arguments.data is None:
             parser.error("--data is missing: give the folder of the data set, or --table")
-        published = PublishedRuns(RESULTS / NAME, arguments.output)
-        bench = Bench(PROTOCOLS[NAME], arguments.data, arguments.output, arguments.jobs, take_over=published)
-        measure_missing(bench, arguments.settings)
+        try:
+            published = PublishedRuns(RESULTS / NAME, arguments.output)
+            bench = Bench(PROTOCOLS[NAME], arguments.data, arguments.output, arguments.jobs, take_over=published)
+            measure_missing(bench, arguments.settings)
+        except InputError as error:
+            parser.exit(1, f"{error}\n")
     print_table()
 
 

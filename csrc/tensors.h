@@ -5,12 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "check.h"
 #include "core/storage.h"
 
 namespace vdu {
@@ -33,7 +33,7 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16:
       return Storage::bfloat16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
+      VDU_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
   }
   return Storage::float32;
 }
@@ -48,15 +48,14 @@ inline std::vector<int64_t> numels_of(const Tensors& tensors) {
 inline void check_same_sizes(const std::vector<int64_t>& numels, const Tensors& tensors, const char* name,
                              bool optional = false) {
   if (optional && tensors.empty()) return;
-  STD_TORCH_CHECK(numels_of(tensors) == numels, name,
-                  " must have as many elements, tensor by tensor, as the first list");
+  VDU_CHECK(numels_of(tensors) == numels, name, " must have as many elements, tensor by tensor, as the first list");
 }
 
 inline void check_same_shape(const Tensor& a, const Tensor& b, const char* name) {
   const auto x = a.sizes(), y = b.sizes();
-  STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()), name,
-                  " must have the shape of the first tensor");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name, " must have the dtype of the first tensor");
+  VDU_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()), name,
+            " must have the shape of the first tensor");
+  VDU_CHECK(a.scalar_type() == b.scalar_type(), name, " must have the dtype of the first tensor");
 }
 
 // Refuses operands of variational_step_ that do not go together; returns the sizes of its tensors. Empty lists are
@@ -76,11 +75,11 @@ inline std::vector<int64_t> check_step(const Tensors& theta, const Tensors& grad
   check_same_sizes(numels, std_first, "std_first", true);
   check_same_sizes(numels, std_second, "std_second", true);
   check_same_sizes(numels, noise_grad, "noise_grad", true);
-  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
-  STD_TORCH_CHECK(rule < 2 || (first.size() == z.size() && second.size() == z.size()),
-                  "the Adam rules need first and second");
-  STD_TORCH_CHECK(log_std.size() == std_first.size() && log_std.size() == std_second.size(),
-                  "log_std, std_first and std_second go together");
+  VDU_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
+  VDU_CHECK(rule < 2 || (first.size() == z.size() && second.size() == z.size()),
+            "the Adam rules need first and second");
+  VDU_CHECK(log_std.size() == std_first.size() && log_std.size() == std_second.size(),
+            "log_std, std_first and std_second go together");
   return numels;
 }
 

@@ -134,6 +134,11 @@ def test_ours_needs_its_whole_budget(images, changes):
         run("ours", budget=needed - 1, inputs=inputs, settings=settings)
 
 
+def test_a_compiled_network_sees_the_forget_batch_to_the_end():
+    compiled = replace(OURS, compile="default")
+    assert evaluations_of_unlearn(replace(compiled, forget_share=0.5), 12) == evaluations_of_unlearn(compiled, 12)
+
+
 class TestVisibility:
     @pytest.mark.parametrize("name", ["neg_grad", "vdu", "ours", "selective_amnesia"])
     def test_what_a_method_does_not_see_makes_no_difference(self, name):

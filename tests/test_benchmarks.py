@@ -8,7 +8,7 @@ import importlib.util
 import json
 import random
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -204,6 +204,24 @@ class TestProtocol:
         assert f"| {name} |" in (tmp_path / "results" / "classes.md").read_text()
         for picture in ("tradeoff.png", "persistence.png", "studies.png"):
             assert (tmp_path / "results" / picture).read_bytes().startswith(b"\x89PNG")
+
+    def test_settings_with_a_row_are_not_run_again(self, protocol, bench, tmp_path, monkeypatch):
+        module = script("fashion_settings")
+        monkeypatch.setattr(module, "TABLE", tmp_path / "settings.csv")
+        monkeypatch.setattr(module, "SETTINGS", {"short": asdict(OURS), "shorter": asdict(OURS) | {"steps": 2}})
+        monkeypatch.setattr(module, "PROTOCOLS", {module.NAME: bench.protocol})
+        module.measure_missing(bench, ["short"])
+        monkeypatch.setattr(module, "run_all", None)
+        module.measure_missing(bench, ["short"])
+        rows = module.rows(module.TABLE)
+        assert [row["setting"] for row in rows] == ["short"]
+        assert float(rows[0]["ratio"]) == pytest.approx(float(rows[0]["u_fid"]) / float(rows[0]["oracle"]), abs=0.01)
+
+    def test_committed_settings_are_those_of_the_script(self, protocol):
+        module = script("fashion_settings")
+        for row in module.rows(module.TABLE):
+            assert json.loads(row["changes"]) == module.SETTINGS[row["setting"]]
+            UnlearnConfig(**module.SETTINGS[row["setting"]])
 
     def test_another_machine_goes_on_where_it_was_stopped(self, protocol, bench, tmp_path, monkeypatch):
         bench.protocol = replace(bench.protocol, seeds=1)

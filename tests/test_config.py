@@ -57,6 +57,7 @@ def test_gamma_may_be_zero_and_almost_one(gamma):
         ({"target_ratio": 1.0}, "target_ratio must be above 1"),
         ({"replay_weight": -1.0}, "replay_weight must be 0 or a positive number"),
         ({"forget_share": 0.0}, "forget_share must be above 0 and at most 1"),
+        ({"forget_share": 1.1}, "forget_share must be above 0 and at most 1"),
         ({"forget_share": math.nan}, "forget_share must be above 0 and at most 1"),
         ({"replay_focus": -0.1}, r"replay_focus must be in \[0, 1\]"),
         ({"replay_focus": math.nan}, r"replay_focus must be in \[0, 1\]"),

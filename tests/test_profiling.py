@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -87,6 +88,12 @@ class TestProfile:
         marks = [event["name"].removeprefix(PREFIX) for event in events if event.get("cat") == "user_annotation"]
         assert (marks.count(STEP), marks.count("update"), marks.count("forward")) == (2, 2, 2)
         assert marks.count("check") == 2  # the measurement, and the keeping of what it found good
+
+    def test_steps_that_only_repair_are_measured_too(self, tiny_module, scheduler, images):
+        posterior, settings = random_posterior(tiny_module), small(steps=40, forget_share=0.25)
+        how = {"posterior": posterior, "scheduler": scheduler, "steps": 1, "warmup": 0}
+        steps = profile(tiny_module, images, config=settings, **how).part("steps")
+        assert re.fullmatch(r"10 x .+ and 30 x .+", steps.basis)
 
     def test_without_replay_there_is_neither_bank_nor_filter(self, tiny_module, scheduler, images):
         posterior = random_posterior(tiny_module)

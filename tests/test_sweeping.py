@@ -164,7 +164,8 @@ class TestSignals:
 
 
 class TestSweep:
-    def test_a_point_is_what_unlearn_ends_with_bit_for_bit(self, images, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("settings", [{}, {"anneal": 0.0, "forget_share": 0.4}])
+    def test_a_point_is_what_unlearn_ends_with_bit_for_bit(self, images, tmp_path, monkeypatch, settings):
         """The annealed copies of one trunk are runs of their own lengths."""
         weights = {}
         draw = Sweep._draw
@@ -175,11 +176,11 @@ class TestSweep:
             return draw(self, denoiser, count)
 
         monkeypatch.setattr(Sweep, "_draw", watch)
-        result = sweep_tiny(images, tmp_path)
+        result = sweep_tiny(images, tmp_path, config=small(**settings))
         assert [(p.replay_weight, p.steps) for p in result.points] == [(4.0, 2), (4.0, 5), (8.0, 2), (8.0, 5)]
         for number, measured in enumerate(result.points):
             pipeline = build_pipeline()
-            config = measured.setting.applied(small(), measured.steps)
+            config = measured.setting.applied(small(**settings), measured.steps)
             unlearn(pipeline, images, posterior=random_posterior(pipeline.unet), config=config, bank=result.bank)
             assert fingerprint(pipeline.unet) == weights[number]
 

@@ -244,10 +244,11 @@ VARIANTS = [
     {"family": "mean_field", "learn_std": True, "accumulate": 2},
     {"optimizer": "natural_sign", "momentum": 0.9, "rollback": True, "check_every": 1, "learning_rate": 2.0},
     {"replay_weight": 0.0, "saturation": "npo", "optimizer": "adam", "learning_rate": 1e-3},
+    {"forget_share": 0.5},
 ]
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank", "repair"])
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at):
     settings = {"steps": 8, "save_every": 3} | settings

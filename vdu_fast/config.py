@@ -31,7 +31,9 @@ class UnlearnConfig:
         steps: optimizer steps at most; a guard may stop earlier.
         anneal: share of the steps, at their end, over which the learning rate falls linearly to zero; 0 is never.
         forget_share: share of the steps, at their start, in which the forget term acts, where there is a replay bank;
-            in those after them the bank alone repairs what forgetting cost, at half the price of a step. 1 is always.
+            in those after them the bank alone repairs what forgetting cost, and the forget batch passes through an
+            uncompiled network no more. 1 is always. target_ratio may end a run before its repair, and what rollback
+            goes by has the forget term in it all the time.
         batch_size: forget images per step.
         replay_batch_size: replayed states per step.
         accumulate: minibatches averaged into one step.
@@ -190,7 +192,12 @@ class UnlearnConfig:
     @property
     def forget_steps(self) -> int:
         """How many steps the forget term acts in, from the first on."""
-        return math.ceil(self.forget_share * self.steps) if self.replay_weight > 0 else self.steps
+        return max(1, round(self.forget_share * self.steps)) if self.replay_weight > 0 else self.steps
+
+    @property
+    def forget_batches(self) -> int:
+        """How many steps have a forget batch: a compiled network is called at one size only."""
+        return self.steps if self.execution.compile != "off" else self.forget_steps
 
     @property
     def execution(self) -> Execution:

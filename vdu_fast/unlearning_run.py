@@ -247,7 +247,7 @@ class UnlearningRun:
         with phase("data"):
             weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
-        npo = self.config.saturation == "npo" and forget > 0
+        npo = self.config.saturation == "npo" and (forgetting or self.bank is None)
         reference = self._reference_error(draw, x_t[:forget], *batch) if npo else None
         with phase("forward"):
             prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
@@ -255,7 +255,8 @@ class UnlearningRun:
         if forget:
             error = self._forget_error(prediction[:forget], draw, *batch)
             measured["forget_loss"] = float(error.detach().mean())
-            terms.append(self._ascent(error, batch[1], reference) * (1.0 if forgetting else 0.0))
+            if forgetting or replay_target is None:
+                terms.append(self._ascent(error, batch[1], reference) * (1.0 if forgetting else 0.0))
         if replay_target is not None:
             distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
             measured["replay_loss"] = float(distance.detach())

@@ -15,8 +15,8 @@
 namespace vdu {
 
 inline int64_t integer(const Tensor& scalar, const char* name) {
-  STD_TORCH_CHECK(scalar.scalar_type() == ScalarType::Long && scalar.numel() == 1 && scalar.is_cpu(), name,
-                  " must be an int64 tensor of one element on the CPU");
+  VDU_CHECK(scalar.scalar_type() == ScalarType::Long && scalar.numel() == 1 && scalar.is_cpu(), name,
+            " must be an int64 tensor of one element on the CPU");
   return *static_cast<const int64_t*>(scalar.const_data_ptr());
 }
 
@@ -34,10 +34,10 @@ inline Operand operand(const Tensors& tensors, const char* name, Access access =
   result.read = access != Access::write;
   result.write = access != Access::read;
   for (const Tensor& tensor : tensors) {
-    STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it first");
-    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU like the other tensors of this call");
+    VDU_CHECK(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it first");
+    VDU_CHECK(tensor.is_cpu(), name, " must be on the CPU like the other tensors of this call");
     const Storage storage = storage_of(tensor, name);
-    STD_TORCH_CHECK(result.data.empty() || storage == result.storage, name, " must be of one dtype");
+    VDU_CHECK(result.data.empty() || storage == result.storage, name, " must be of one dtype");
     result.storage = storage;
     result.data.push_back(static_cast<char*>(tensor.data_ptr()));
   }

@@ -8,7 +8,7 @@ namespace vdu {
 
 // A per-sample vector [B] as doubles.
 inline std::vector<double> per_sample(const Tensor& tensor, int64_t batch, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == batch, name, " must have one element per sample");
+  VDU_CHECK(tensor.numel() == batch, name, " must have one element per sample");
   const Tensor wide = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
   const auto* values = static_cast<const double*>(wide.const_data_ptr());
   return {values, values + batch};

@@ -6,9 +6,9 @@ namespace vdu {
 namespace {
 
 std::array<double, portable::kStepConstants> constants_of(const Tensor& constants) {
-  STD_TORCH_CHECK(constants.is_cpu() && constants.scalar_type() == ScalarType::Double && constants.is_contiguous() &&
-                      constants.numel() == portable::kStepConstants,
-                  "constants must be a float64 tensor of 13 elements on the CPU");
+  VDU_CHECK(constants.is_cpu() && constants.scalar_type() == ScalarType::Double && constants.is_contiguous() &&
+                constants.numel() == portable::kStepConstants,
+            "constants must be a float64 tensor of 13 elements on the CPU");
   std::array<double, portable::kStepConstants> values;
   const auto* data = static_cast<const double*>(constants.const_data_ptr());
   std::copy(data, data + values.size(), values.begin());
@@ -71,7 +71,7 @@ Tensor variational_gradient_norm(Tensors grad, Tensors z, Tensors prior_std, Ten
   const auto numels = numels_of(z);
   check_same_sizes(numels, grad, "grad");
   check_same_sizes(numels, prior_std, "prior_std");
-  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
+  VDU_CHECK(rule >= 0 && rule <= 3, "rule must be 0 to 3");
   const auto k = constants_of(constants);
   const auto sums = with_compute_type(is_wide(z), [&](auto zero) {
     using T = decltype(zero);

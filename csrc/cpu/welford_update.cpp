@@ -7,7 +7,7 @@ namespace vdu {
 Tensor welford_update_(Tensor mean, Tensor squares, Tensor value, int64_t count) {
   check_same_sizes({mean.numel()}, {squares}, "squares");
   check_same_sizes({mean.numel()}, {value}, "value");
-  STD_TORCH_CHECK(count >= 1, "count must be at least 1, the number of values with this one");
+  VDU_CHECK(count >= 1, "count must be at least 1, the number of values with this one");
   value = torch::stable::contiguous(value);
   const auto sums = with_compute_type(is_wide(mean), [&](auto zero) {
     using T = decltype(zero);

@@ -19,11 +19,11 @@ namespace vdu {
 
 // A scalar that is read now if it is on the CPU, and by the kernel if it is on the device.
 inline Integer integer(const Tensor& scalar, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(scalar.scalar_type() == ScalarType::Long && scalar.numel() == 1, name,
-                  " must be an int64 tensor of one element");
+  VDU_CHECK(scalar.scalar_type() == ScalarType::Long && scalar.numel() == 1, name,
+            " must be an int64 tensor of one element");
   const auto* data = static_cast<const int64_t*>(scalar.const_data_ptr());
   if (is_readable(scalar)) return {*data, nullptr};
-  STD_TORCH_CHECK(is_beside(scalar, like), name, " must be on the CPU or on the device of the other tensors");
+  VDU_CHECK(is_beside(scalar, like), name, " must be on the CPU or on the device of the other tensors");
   return {0, data};
 }
 
@@ -33,7 +33,7 @@ inline Noise noise_of(const Tensor& seed, const Tensor& step, int64_t stream, in
 
 // A floating-point vector of `count` elements as the kernels read it: contiguous, float32 or float64, on the device.
 inline Tensor reals_beside(const Tensor& vector, int64_t count, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(vector.numel() == count, name, " must have one element per sample");
+  VDU_CHECK(vector.numel() == count, name, " must have one element per sample");
   const ScalarType dtype = vector.scalar_type();
   Tensor result = is_beside(vector, like) ? vector : torch::stable::to(vector, like.device(), /*non_blocking=*/true);
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) result = torch::stable::to(result, ScalarType::Double);
@@ -78,15 +78,14 @@ struct Lists {
   // In-place operands must be contiguous, since a copy would be written and lost; functional ops have made theirs so.
   void add(size_t k, const Operand& operand) {
     for (const Tensor& tensor : operand.tensors) {
-      STD_TORCH_CHECK(tensor.is_contiguous(), operand.name, " must be contiguous; call .contiguous() on it first");
-      STD_TORCH_CHECK(is_beside(tensor, like), operand.name,
-                      " must be on the device of the other tensors of this call");
+      VDU_CHECK(tensor.is_contiguous(), operand.name, " must be contiguous; call .contiguous() on it first");
+      VDU_CHECK(is_beside(tensor, like), operand.name, " must be on the device of the other tensors of this call");
       const Storage now = storage_of(tensor, operand.name);
-      STD_TORCH_CHECK(data[k].empty() || now == storage[k], operand.name, " must be of one dtype");
-      STD_TORCH_CHECK(now != Storage::float64 || wide, operand.name,
-                      " must not be float64 where the state is not; convert it, or keep the state in float64");
-      STD_TORCH_CHECK(!operand.state || now == (wide ? Storage::float64 : Storage::float32), operand.name,
-                      " is state and must be float32, or float64 like the rest of it");
+      VDU_CHECK(data[k].empty() || now == storage[k], operand.name, " must be of one dtype");
+      VDU_CHECK(now != Storage::float64 || wide, operand.name,
+                " must not be float64 where the state is not; convert it, or keep the state in float64");
+      VDU_CHECK(!operand.state || now == (wide ? Storage::float64 : Storage::float32), operand.name,
+                " is state and must be float32, or float64 like the rest of it");
       storage[k] = now;
       narrow = narrow && bytes_of(now) == 2;
       if (tensor.numel() > 0) data[k].push_back(static_cast<char*>(tensor.data_ptr()));

@@ -32,10 +32,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int threads, const Tensor& like,
             const Arguments&... arguments) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  const auto found = aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream);
+  VDU_CHECK(found == AOTI_TORCH_SUCCESS, "torch's current CUDA stream cannot be had");
   kernel<<<static_cast<unsigned int>(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();  // torch's macro for this is not in torch 2.11
-  STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(error));
+  VDU_CHECK(error == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
 }  // namespace vdu

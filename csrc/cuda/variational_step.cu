@@ -21,15 +21,15 @@ struct Constants {
 };
 
 Constants constants_of(const Tensor& constants, const Tensor& like) {
-  STD_TORCH_CHECK(constants.scalar_type() == ScalarType::Double && constants.is_contiguous() &&
-                      constants.numel() == portable::kStepConstants,
-                  "constants must be a float64 tensor of 13 elements");
+  VDU_CHECK(constants.scalar_type() == ScalarType::Double && constants.is_contiguous() &&
+                constants.numel() == portable::kStepConstants,
+            "constants must be a float64 tensor of 13 elements");
   const auto* data = static_cast<const double*>(constants.const_data_ptr());
   Constants result{};
   if (is_readable(constants)) {
     std::copy_n(data, portable::kStepConstants, result.values);
   } else {
-    STD_TORCH_CHECK(is_beside(constants, like), "constants must be on the CPU or on the device of the other tensors");
+    VDU_CHECK(is_beside(constants, like), "constants must be on the CPU or on the device of the other tensors");
     result.pointer = data;
   }
   return result;

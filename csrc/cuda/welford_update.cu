@@ -38,7 +38,7 @@ struct WelfordUpdate {
 Tensor welford_update_(Tensor mean, Tensor squares, Tensor value, int64_t count) {
   check_same_sizes({mean.numel()}, {squares}, "squares");
   check_same_sizes({mean.numel()}, {value}, "value");
-  STD_TORCH_CHECK(count >= 1, "count must be at least 1, the number of values with this one");
+  VDU_CHECK(count >= 1, "count must be at least 1, the number of values with this one");
   const auto guard = on_device_of(mean);
   value = torch::stable::contiguous(value);
   Tensor sums = doubles_beside(mean, 2);

@@ -117,7 +117,7 @@ constexpr int64_t kMostBlocks = 3;
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int threads, const Tensor&, const Arguments&... arguments) {
-  STD_TORCH_CHECK(threads == kEmulatedThreads, "blocks must have 256 threads");
+  VDU_CHECK(threads == kEmulatedThreads, "blocks must have 256 threads");
   std::vector<std::thread> block;
   for (unsigned int t = 0; t < kEmulatedThreads; ++t) {
     block.emplace_back([&, t] {

@@ -61,7 +61,7 @@ def evaluations_of_unlearn(config: UnlearnConfig, forget_images: int) -> int:
     checks = -(-config.steps // config.check_every)
     # At the start the forget loss, and its course over the timesteps on four times as many samples.
     spent = (1 + 4 + checks) * config.check_size
-    images = config.forget_steps * config.batch_size + (config.steps * config.replay_batch_size if replay else 0)
+    images = config.forget_batches * config.batch_size + (config.steps * config.replay_batch_size if replay else 0)
     # npo asks the model before unlearning, too.
     asked = config.forget_steps * config.batch_size if config.saturation == "npo" else 0
     spent += config.accumulate * config.samples_per_step * ((FORWARD + BACKWARD) * images + FORWARD * asked)

@@ -117,8 +117,8 @@ def much_filter(profile: Profile) -> str | None:
         return None
     return (
         f"The filter of the bank is {part.seconds / profile.total:.0%} of the run (about {duration(part.seconds)}). It "
-        "looks at every image of the bank and every forget image: fewer --replay_samples, or fewer forget images, make "
-        "it shorter."
+        "looks at every image of the bank and at up to 1,000 forget images: fewer of either (--replay_samples) make it "
+        "shorter."
     )
 
 

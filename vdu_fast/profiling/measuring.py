@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -62,6 +63,16 @@ def alternating_steps(
         network.append(timed(device, partial(_forward_backward, run, *batch))[1])
         report("taking steps", done + 1, steps)
     return marked, plain, network
+
+
+def repairing_step(run: UnlearningRun) -> float:
+    """Seconds of a step in which the run does not forget any more."""
+    given = run.config
+    run.config = replace(given, forget_share=1e-20)  # all steps but the first
+    try:
+        return statistics.median(timed(run.denoiser.device, run.step)[1] for _ in range(PROBES))
+    finally:
+        run.config = given
 
 
 def samples_of(run: UnlearningRun) -> int:

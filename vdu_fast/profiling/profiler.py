@@ -31,6 +31,7 @@ from vdu_fast.profiling.measuring import (
     highest,
     probe,
     recorded_step,
+    repairing_step,
     samples_of,
     timed,
 )
@@ -136,9 +137,10 @@ def _measure(
     peak = max((row.peak for row in rows if row.peak is not None), default=0)
     passes = config.samples_per_step * config.accumulate
     step, check = statistics.median(plain), statistics.median(cost.seconds for cost in checks)
+    repair = repairing_step(run) if config.forget_steps < config.steps else step
     return Profile(
         phases=rows,
-        parts=[*(replay.parts() if replay else []), start, *_parts_of_steps(run, config, step, check, scratch)],
+        parts=[*(replay.parts() if replay else []), start, *_parts_of_steps(run, config, step, repair, check, scratch)],
         step=step,
         network=statistics.median(network),
         overhead=statistics.median(whole / (passes * bare) for whole, bare in zip(plain, network, strict=True)) - 1,
@@ -194,8 +196,9 @@ def _rows(
 
 
 def _parts_of_steps(
-    run: UnlearningRun, config: UnlearnConfig, step: float, check: float, scratch: Path | str | None
+    run: UnlearningRun, config: UnlearnConfig, step: float, repair: float, check: float, scratch: Path | str | None
 ) -> list[RunPart]:
+    forgetting, repairing = config.forget_steps, config.steps - config.forget_steps
     checks = math.ceil(config.steps / config.check_every)
     # One before the first step; the last step is followed by the result instead.
     saves = 1 + (config.steps - 1) // config.save_every
@@ -203,7 +206,12 @@ def _parts_of_steps(
         path = Path(folder) / "state.safetensors"
         _, save = timed(run.denoiser.device, lambda: save_tensors(path, run.state_dict()))
     return [
-        RunPart("steps", config.steps * step, True, f"{config.steps} x {duration(step)}"),
+        RunPart(
+            "steps",
+            forgetting * step + repairing * repair,
+            True,
+            f"{forgetting} x {duration(step)}" + (f" and {repairing} x {duration(repair)}" if repairing else ""),
+        ),
         RunPart("checks", checks * check, True, f"{checks} x {duration(check)}"),
         RunPart("saves", saves * save, True, f"{saves} x {duration(save)}"),
     ]

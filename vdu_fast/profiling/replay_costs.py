@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from vdu_fast.filters import examples
 from vdu_fast.profiling.measuring import Report, timed
 from vdu_fast.profiling.record import RunPart
 from vdu_fast.replay import ReplayBank, bank_bytes, build_bank
@@ -79,7 +80,8 @@ class ReplayCosts:
             basis = f"{calls} of {all_calls} network calls"
             found = [RunPart("bank", self._call * all_calls, calls < all_calls, basis)]
         if config.bank_filter != "none":
-            looked_at, all_images = (len(self._job.images) + images for images in (len(self.bank), self._count))
+            forget = len(examples(self._job.images))
+            looked_at, all_images = (forget + images for images in (len(self.bank), self._count))
             seconds = self._filter * all_images / looked_at
             found.append(RunPart("filter", seconds, looked_at < all_images, f"{looked_at} of {all_images} images"))
         return found
