@@ -49,6 +49,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hinge 2, lambda 8, forget in 0.7": {"hinge_ratio": 2.0, "replay_weight": 8.0, "forget_share": 0.7},
     "hinge 2, lambda 16, forget in 0.5": {"hinge_ratio": 2.0, "replay_weight": 16.0, "forget_share": 0.5},
     "lambda 8, forget in 0.5, focus 0.25": {"replay_weight": 8.0, "forget_share": 0.5, "replay_focus": 0.25},
+    "lambda 8, forget in 0.5, timesteps from 300": {
+        "replay_weight": 8.0,
+        "forget_share": 0.5,
+        "timestep_window": [300, 1000],
+    },
     "focus 0.75": {"replay_focus": 0.75},
     "replay batch 128": {"replay_batch_size": 128},
     "batch 32, replay batch 128": {"batch_size": 32, "replay_batch_size": 128},
