@@ -5,7 +5,7 @@
 Every setting below on the classes, the model and the judge of `protocol.py fashion_mnist`, with one seed. Runs go to
 the protocol's output folder, where they stay as they do there, and a row for each to
 benchmarks/results/fashion_mnist/settings.csv; what has a row already is not run. The starting noise of the evaluation
-is not that of the tables. The committed rows were measured on an H200.
+is not that of the tables. The committed rows are of an H200, but for those of device cpu.
 """
 
 from __future__ import annotations
