@@ -91,6 +91,18 @@ def row_key(changes: dict[str, Any], digit: int, evaluation: EvaluationConfig) -
     return short_digest([asdict(settings(changes)), digit, asdict(evaluation)])
 
 
+def quality(metrics: dict[str, Any]) -> dict[str, float]:
+    """The columns of a row that say how much was forgotten and what it cost, of what `evaluate` finds."""
+    u_fid = metrics["u_fid"]
+    return {
+        "pul": round(metrics["pul"], 2),
+        "u_fid": round(u_fid["after"], 3),
+        "oracle": round(u_fid["oracle"], 3),
+        "ratio": round(u_fid["after"] / u_fid["oracle"], 3),
+        "kept_min": round(metrics["shares"]["kept_ratio_min"], 3),
+    }
+
+
 class Bench:
     """What all runs share, each kept in a file under a name that changes with what it is made from."""
 
@@ -147,15 +159,10 @@ class Bench:
             bank=self._bank(config),
         )
         metrics = self.metrics(denoiser_of(pipeline), digit)
-        u_fid = metrics["u_fid"]
         return {
             "digit": digit,
-            "pul": round(metrics["pul"], 2),
-            "u_fid": round(u_fid["after"], 3),
-            "oracle": round(u_fid["oracle"], 3),
-            "ratio": round(u_fid["after"] / u_fid["oracle"], 3),
-            "original": round(u_fid["before"], 3),
-            "kept_min": round(metrics["shares"]["kept_ratio_min"], 3),
+            **quality(metrics),
+            "original": round(metrics["u_fid"]["before"], 3),
             "forget_loss_ratio": round(metrics["forget_loss"]["ratio"], 3),
             "retained_loss_ratio": round(metrics["retained_loss"]["ratio"], 4),
             "dropped": result.filter_report.dropped if result.filter_report else "",

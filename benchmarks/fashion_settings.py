@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from default_settings import EVALUATION_SEED
+from default_settings import EVALUATION_SEED, quality
 from protocol import PROTOCOLS, RESULTS, Bench
 from published_runs import PublishedRuns
 
@@ -75,17 +75,11 @@ def comparison_of(bench: Bench, changes: dict[str, Any], folder: str) -> Compari
 
 
 def row_of(name: str, record: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
-    metrics = record["metrics"]
-    u_fid = metrics["u_fid"]
     return {
         "setting": name,
         "changes": json.dumps(SETTINGS[name]),
         "class": record["class"],
-        "pul": round(metrics["pul"], 2),
-        "u_fid": round(u_fid["after"], 3),
-        "oracle": round(u_fid["oracle"], 3),
-        "ratio": round(u_fid["after"] / u_fid["oracle"], 3),
-        "kept_min": round(metrics["shares"]["kept_ratio_min"], 3),
+        **quality(record["metrics"]),
         "device": record["device"],
         **stamp(comparison.config),
         "threads": record["threads"],
@@ -96,11 +90,11 @@ def row_of(name: str, record: dict[str, Any], comparison: Comparison) -> dict[st
 
 def measure_missing(bench: Bench, names: Collection[str]) -> None:
     """Run what has no row yet, setting by setting."""
-    labels = PROTOCOLS[NAME].classes
+    labels, known = PROTOCOLS[NAME].classes, {row["key"] for row in rows(TABLE)}
     for number, name in enumerate(SETTINGS):
         if name not in names:
             continue
-        comparison, known = comparison_of(bench, SETTINGS[name], str(number)), {row["key"] for row in rows(TABLE)}
+        comparison = comparison_of(bench, SETTINGS[name], str(number))
         jobs = [job for job in (Job(label, "ours", 0) for label in labels) if comparison.key(job) not in known]
         for record in run_all(comparison, jobs, processes=bench.processes) if jobs else []:
             row = row_of(name, record, comparison)

@@ -240,14 +240,16 @@ class UnlearningRun:
     @phase("loss")  # all of it that is in no other phase
     def _network_gradient(self, draw: int, *, forgetting: bool) -> dict[str, float]:
         """Losses of the terms that pass through the network at the weights in the arena, whose gradient they leave."""
-        # Without a bank nothing else would pass through it, and a compiled one was checked at the size of both halves.
-        whole = forgetting or self.bank is None or self.denoiser.execution.compile != "off"
+        # Without a bank nothing else would pass through the network.
+        ascending = forgetting or self.bank is None
+        # A compiled network was checked at the size of both halves.
+        whole = ascending or self.denoiser.execution.compile != "off"
         x0, x_t, timesteps, replay_target = self._batch(draw, forget=whole)
         forget = len(x0)
         with phase("data"):
             weight = self._step_weights[timesteps]
         batch = (x0, timesteps[:forget], weight[:forget])
-        npo = self.config.saturation == "npo" and (forgetting or self.bank is None)
+        npo = self.config.saturation == "npo" and ascending
         reference = self._reference_error(draw, x_t[:forget], *batch) if npo else None
         with phase("forward"):
             prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
@@ -255,7 +257,7 @@ class UnlearningRun:
         if forget:
             error = self._forget_error(prediction[:forget], draw, *batch)
             measured["forget_loss"] = float(error.detach().mean())
-            if forgetting or replay_target is None:
+            if ascending:
                 terms.append(self._ascent(error, batch[1], reference) * (1.0 if forgetting else 0.0))
         if replay_target is not None:
             distance = per_sample_error(prediction[forget:], replay_target, weight[forget:]).mean()
