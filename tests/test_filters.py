@@ -56,6 +56,25 @@ def test_likeness_ranks_near_before_far(denoiser, bank):
     assert likeness[FORGET].min() > likeness[NEAR].median() > likeness[FAR].max()
 
 
+def test_what_is_unwanted_is_told_by_a_probability(denoiser, bank):
+    found = positive_unlabelled_filter(denoiser, bank, bars(40, 1, 3), feature_module="encode")
+    assert found.unwanted.min() >= 0
+    assert found.unwanted.max() <= 1
+    assert found.unwanted[FORGET].mean() > 0.9
+    assert found.unwanted[NEAR].mean() < 0.1
+    assert not found.unwanted[FAR].any()
+    by_likeness = found.unwanted[found.likeness.argsort()]
+    assert (by_likeness.diff() >= 0).all()
+
+
+def test_the_probability_is_the_share_times_the_ratio_of_densities():
+    scores = torch.arange(8).double().repeat(25)
+    # Of 200 drawn images a tenth are unwanted. Half of their like score 7 and half 6: 10 of the 25 that score so.
+    held_out = torch.tensor([6.0, 7.0], dtype=torch.float64).repeat(20)
+    probability = filters._probability(scores, held_out, 0.1)
+    torch.testing.assert_close(probability, torch.where(scores >= 6, 0.4, 0.0).double())
+
+
 def test_no_more_is_dropped_than_allowed_the_most_like_first(denoiser, bank):
     how = {"feature_module": "encode", "max_dropped": 0.05}
     found = positive_unlabelled_filter(denoiser, bank, bars(40, 1, 3), **how)
@@ -122,6 +141,7 @@ def test_a_classifier_drops_its_class_and_its_probability_is_the_likeness(bank):
         probability = Left()(bank).softmax(dim=1)[:, 0]
     assert found.likeness is not None
     torch.testing.assert_close(found.likeness, probability)
+    torch.testing.assert_close(found.unwanted, probability)
     assert torch.equal(found.keep, probability < 0.05)
     assert not found.keep[FORGET].any()
     assert found.keep[FAR].all()

@@ -239,16 +239,46 @@ class Interrupting:
             raise KeyboardInterrupt
 
 
+GUIDED = {
+    "replay_guidance": 1.0,
+    "bank_filter": "positive_unlabelled",
+    "feature_module": "encode",
+    "replay_samples": 40,
+}
 VARIANTS = [
     {},
     {"family": "mean_field", "learn_std": True, "accumulate": 2},
     {"optimizer": "natural_sign", "momentum": 0.9, "rollback": True, "check_every": 1, "learning_rate": 2.0},
     {"replay_weight": 0.0, "saturation": "npo", "optimizer": "adam", "learning_rate": 1e-3},
     {"forget_share": 0.5},
+    GUIDED,
 ]
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank", "repair"])
+class Bright(nn.Module):
+    """Two classes by how bright the picture is, without being sure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        brightness = self.sharpness * pictures.mean(dim=(1, 2, 3))
+        return torch.stack((brightness - 2, -brightness), dim=1)
+
+
+def test_a_guided_bank_leads_elsewhere_and_says_so(images):
+    said, modules = [], [build_tiny(), build_tiny()]
+    by_classifier = GUIDED | {"bank_filter": "classifier", "classifier": Bright(), "forget_label": 0, "max_dropped": 0.1}
+    by_classifier["scheduler"] = DDPMScheduler(num_train_timesteps=1000)  # 50 timesteps leave too little noise
+    unlearn_tiny(images, modules[0], observers=Observers(on_message=said.append), **by_classifier)
+    unlearn_tiny(images, modules[1], **by_classifier | {"replay_guidance": 0.0})
+    assert not torch.equal(*map(weights, modules))
+    (line,) = [message for message in said if message.startswith("guidance: ")]
+    assert not line.startswith("guidance: 0 ")
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank", "repair", "guided"])
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at):
     settings = {"steps": 8, "save_every": 3} | settings

@@ -58,6 +58,8 @@ class UnlearnConfig:
         replay_states: states kept of each trajectory.
         replay_focus: share of the replayed states of a step, in [0, 1], that comes from the quarter of the bank which
             the filter finds most like what must go: that pays most for it. The rest comes from all; 0 is no focus.
+        replay_guidance: how far replayed predictions are moved to those of a model that never drew what must go (see
+            vdu_fast.guidance), where noise leaves open what a state will be: 1 is by Bayes' rule, 0 leaves them.
         bank_filter: how the unwanted is kept out of the bank: "positive_unlabelled" needs nothing but the forget
             images, "classifier" uses one you give, "none" keeps everything.
         feature_module: name of the submodule whose output the positive_unlabelled filter reads; null finds mid_block.
@@ -108,6 +110,7 @@ class UnlearnConfig:
     replay_sampler_steps: int = 50
     replay_states: int = 10
     replay_focus: float = 0.5
+    replay_guidance: float = 0.0
     bank_filter: BankFilter = "positive_unlabelled"
     feature_module: str | None = None
     max_dropped: float = 0.5
@@ -160,6 +163,15 @@ class UnlearnConfig:
             raise InputError(f"target_ratio must be above 1, the forget loss at the start, got {self.target_ratio}.")
         if not (math.isfinite(self.replay_weight) and self.replay_weight >= 0):
             raise InputError(f"replay_weight must be 0 or a positive number, got {self.replay_weight}.")
+        if not (math.isfinite(self.replay_guidance) and self.replay_guidance >= 0):
+            raise InputError(
+                f"replay_guidance must be 0 (off) or a positive number, 1 by Bayes' rule, got {self.replay_guidance}."
+            )
+        if self.replay_guidance > 0 and self.bank_filter == "none":
+            raise InputError(
+                "replay_guidance needs a bank_filter that tells what is unwanted: use 'positive_unlabelled' or "
+                "'classifier', or leave replay_guidance at 0."
+            )
         if not 0 <= self.replay_focus <= 1:
             raise InputError(
                 f"replay_focus must be in [0, 1], the share of a replay batch that is like what must go, got "

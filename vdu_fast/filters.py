@@ -35,11 +35,13 @@ class Filtered:
     Attributes:
         keep: bool [N], true where the image stays.
         likeness: float [N], how much the image looks like what must go, on any scale; None where nothing tells.
+        unwanted: float [N] in [0, 1], the probability that the image is what must go; 0 where nothing tells.
         report: what was done.
     """
 
     keep: Tensor
     likeness: Tensor | None
+    unwanted: Tensor
     report: FilterReport
 
 
@@ -95,7 +97,7 @@ def classifier_filter(
     suspected, limited = _at_most(max_dropped, (probability >= 0.05) | assigned, probability)
     share = float(assigned.float().mean())
     report = FilterReport("classifier", len(images), int(suspected.sum()), share, limited)
-    return Filtered(~suspected, probability, report)
+    return Filtered(~suspected, probability, probability, report)
 
 
 def _at_most(share: float, suspected: Tensor, scores: Tensor) -> tuple[Tensor, bool]:
@@ -144,7 +146,7 @@ def positive_unlabelled_filter(
     scores = fit.score(bank)
     suspected, limited = _at_most(max_dropped, scores >= _threshold(fit.held_out), scores)
     report = FilterReport("positive_unlabelled", len(bank), int(suspected.sum()), fit.share, limited)
-    return Filtered(~suspected, scores, report)
+    return Filtered(~suspected, scores, _probability(scores, fit.held_out, fit.share), report)
 
 
 def _threshold(held_out: Tensor) -> Tensor:
@@ -157,6 +159,22 @@ def _threshold(held_out: Tensor) -> Tensor:
         return held_out.quantile(GIVEN_UP)
     median = held_out.median()
     return median - TOLERANCE * 1.4826 * (held_out - median).abs().median()
+
+
+def _probability(scores: Tensor, held_out: Tensor, share: float) -> Tensor:
+    """P(unwanted | score) of bank images, float64 [N]: share x density of the held-out forget images / of the bank.
+
+    The ratio of the densities is that of a monotone (isotonic) regression which tells the two sets apart.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    each = share * len(scores) / len(held_out)
+    weights = torch.cat([torch.ones_like(scores), torch.full_like(held_out, each)])
+    labels = torch.cat([torch.zeros_like(scores), torch.ones_like(held_out)])
+    regression = IsotonicRegression(out_of_bounds="clip")
+    regression.fit(torch.cat([scores, held_out]).numpy(), labels.numpy(), weights.numpy())
+    told = torch.from_numpy(regression.predict(scores.numpy()))
+    return (told / (1 - told).clamp_min(1e-9)).clamp(0, 1)
 
 
 def examples(forget_images: Tensor) -> Tensor:

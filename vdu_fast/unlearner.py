@@ -34,6 +34,7 @@ from vdu_fast.filters import (
     classifier_filter,
     positive_unlabelled_filter,
 )
+from vdu_fast.guidance import guide
 from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
@@ -292,7 +293,6 @@ def filter_bank(
     """The bank without what must go, and the filter's report; InputError where too little is left for a batch."""
     config, began = job.config, time.perf_counter()
     found = filtered(job, bank, classifier, forget_label)
-    job.seconds["filter"] = time.perf_counter() - began
     kept = int(found.keep.sum())
     job.observers.say(found.report.describe())
     if kept < config.replay_batch_size:
@@ -300,7 +300,15 @@ def filter_bank(
             f"the filter left {kept} of {len(bank)} replayed images, fewer than replay_batch_size "
             f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
         )
-    return replace(bank, likeness=found.likeness).keep(found.keep), found.report
+    replayed = replace(bank, likeness=found.likeness)
+    if config.replay_guidance > 0:
+        guided = guide(replayed, found.keep, found.unwanted, job.denoiser.schedule, strength=config.replay_guidance)
+        job.observers.say(guided.describe())
+        replayed = guided.bank
+    else:
+        replayed = replayed.keep(found.keep)
+    job.seconds["filter"] = time.perf_counter() - began
+    return replayed, found.report
 
 
 def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:
@@ -315,7 +323,9 @@ def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_la
         return positive_unlabelled_filter(
             job.denoiser, bank.images, job.images, feature_module=config.feature_module, **how
         )
-    return Filtered(torch.ones(len(bank), dtype=torch.bool), None, FilterReport("none", len(bank), 0))
+    return Filtered(
+        torch.ones(len(bank), dtype=torch.bool), None, torch.zeros(len(bank)), FilterReport("none", len(bank), 0)
+    )
 
 
 def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:

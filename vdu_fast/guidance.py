@@ -1,0 +1,99 @@
+"""Guided replay: what the old model would have predicted had it never drawn what must go.
+
+At high noise a state x_t may still become anything, the unwanted included, and the old prediction leads there as often
+as the old model drew it. A model that is held to that prediction, and pushed away only where the unwanted has taken
+shape, turns it into whatever looks most like it. With the unwanted taken out of what the old model draws, Bayes' rule
+gives another prediction instead: with w_j the density of x_t around each drawn image x_j, and u_j the probability that
+the image is unwanted,
+
+    E[x_0 | x_t]  =  sum_j w_j x_j / sum_j w_j            the old model's own
+    E'[x_0 | x_t] =  sum_j w_j (1 - u_j) x_j / sum_j w_j (1 - u_j)
+
+and the target is the old prediction moved by `strength` times the difference. The difference is small where x_t shows
+what it will be, and there the images of a bank lie too far apart to tell it: it is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vdu_fast.replay import ReplayBank
+from vdu_fast.schedule import NoiseSchedule
+
+# The means are taken over so many images at least, in effect (1 / sum of squared weights): fewer say what these images
+# are like, not what the model draws.
+FEWEST_IMAGES = 20.0
+
+
+@dataclass(frozen=True)
+class GuidedBank:
+    """A bank to replay from, and how many of its states have a target without the unwanted.
+
+    Attributes:
+        bank: what was to be kept, and of the rest those states that are guided.
+        states: guided states in it.
+        added: trajectories of the rest.
+    """
+
+    bank: ReplayBank
+    states: int
+    added: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"guidance: {self.states} replayed states without the unwanted, {self.added} dropped images among them"
+
+
+def guide(
+    bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule, *, strength: float
+) -> GuidedBank:
+    """The bank with the predictions of a model that does not draw the unwanted.
+
+    A trajectory that is not kept stays with its guided states alone, in the place of the others, too: they say where
+    its noise should lead instead. A state is not looked up by the image that it became, which would always win.
+
+    Args:
+        bank: N trajectories of the old model.
+        keep: bool [N], what is replayed in any case.
+        unwanted: float [N] in [0, 1], the probability that the finished image is unwanted.
+        schedule: the model's.
+        strength: of the difference between both means; 1 is Bayes' rule.
+    """
+    predictions, guided = bank.predictions.clone(), torch.zeros_like(bank.timesteps, dtype=torch.bool)
+    images, unwanted = bank.images.flatten(1).double(), unwanted.double()
+    for slot in range(bank.timesteps.shape[1]):
+        timesteps, x_t = bank.timesteps[:, slot], bank.x_t[:, slot]
+        nearness = _log_density(x_t.flatten(1).double(), images, timesteps, schedule).fill_diagonal_(-torch.inf)
+        wanted = (nearness + (1 - unwanted).log()).softmax(dim=1)
+        guided[:, slot] = wanted.square().sum(dim=1) <= 1 / FEWEST_IMAGES
+        x0 = strength * ((wanted - nearness.softmax(dim=1)) @ images).reshape(x_t.shape)
+        # x_t stays where it is, so what x_0 gains the noise loses.
+        signal, noise = schedule.coefficients(timesteps, x0)
+        moved = schedule.target(x0, -signal / noise * x0, timesteps).to(predictions.dtype)
+        predictions[guided[:, slot], slot] += moved[guided[:, slot]]
+    use = keep | guided.any(dim=1)
+    slots = _states_to_use(guided, keep)
+    rows = torch.arange(len(bank))[:, None]
+    whole = replace(
+        bank, x_t=bank.x_t[rows, slots], timesteps=bank.timesteps[rows, slots], predictions=predictions[rows, slots]
+    )
+    return GuidedBank(whole.keep(use), int(guided[rows, slots][use].sum()), int((use & ~keep).sum()))
+
+
+def _log_density(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """log p(x_t | x_0 = each image), [N, M], up to a constant of each state; float64 [N, D], [M, D], int64 [N]."""
+    signal, noise = schedule.coefficients(timesteps, x_t)
+    # ||x_t - signal x_0||^2 without ||x_t||^2, which is the same for all images.
+    distance = signal**2 * images.square().sum(dim=1) - 2 * signal * (x_t @ images.T)
+    return -distance / (2 * noise**2)
+
+
+def _states_to_use(guided: Tensor, keep: Tensor) -> Tensor:
+    """Which state each slot of a trajectory holds, int64 [N, S]: its own, or by turns the guided of what is not kept."""
+    own = torch.arange(guided.shape[1]).expand_as(guided)
+    first = (~guided).int().argsort(dim=1, stable=True)
+    turns = first.gather(1, own % guided.sum(dim=1, keepdim=True).clamp_min(1))
+    return torch.where(guided | keep[:, None], own, turns)
