@@ -27,7 +27,7 @@ from vdu_fast.data import load_images
 from vdu_fast.demo import shipped_model
 from vdu_fast.evaluation import EvaluationConfig, evaluate
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
-from vdu_fast.records import digest
+from vdu_fast.records import decisive, digest
 from vdu_fast.sampling import sample_images
 from vdu_fast.unlearner import unlearn
 
@@ -88,7 +88,7 @@ def settings(changes: dict[str, Any]) -> UnlearnConfig:
 
 def row_key(changes: dict[str, Any], digit: int, evaluation: EvaluationConfig) -> str:
     """What one run is known by: every setting of unlearning and of evaluation in force, and the digit."""
-    return short_digest([asdict(settings(changes)), digit, asdict(evaluation)])
+    return short_digest([decisive(settings(changes)), digit, asdict(evaluation)])
 
 
 def quality(metrics: dict[str, Any]) -> dict[str, float]:

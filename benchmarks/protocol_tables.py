@@ -17,6 +17,11 @@ PUL, RATIO, KEPT = (MEASURES[name] for name in ("pul", "u_fid_ratio", "least_kep
 TARGETS = "Targets: PUL at least 99 and u-FID at most 1.25 times the oracle's, as means over all classes."
 
 
+def heldout_pul(record: Record) -> float | None:
+    """PUL of a model that draws held-out pictures of the other classes."""
+    return record["metrics"].get("pul_heldout")
+
+
 def cell(records: Iterable[Record], read: Callable[[Record], float | None], form: str) -> str:
     """Mean ± standard error of what is read of the records."""
     return _cell([read(record) for record in records], form)
@@ -56,6 +61,7 @@ def classes_markdown(records: Sequence[Record], planned: int | None = None) -> s
                 name,
                 f"{metrics['counts']['forgotten_before']}, {after:.1f}",
                 cell(runs, PUL, ".1f"),
+                cell(runs[:1], heldout_pul, ".1f"),
                 f"{metrics['u_fid']['before']:.2f}",
                 cell(runs, MEASURES["u_fid"], ".2f"),
                 f"{metrics['u_fid']['oracle']:.2f}",
@@ -78,6 +84,7 @@ def classes_markdown(records: Sequence[Record], planned: int | None = None) -> s
             "**mean**",
             "",
             f"**{_plus_minus(puls, '.1f')}**",
+            cell([runs[0] for runs in by_class.values()], heldout_pul, ".1f"),
             "",
             "",
             "",
@@ -86,7 +93,8 @@ def classes_markdown(records: Sequence[Record], planned: int | None = None) -> s
         ]
     )
     head = [
-        "forget", "drawn before, after", "PUL", "u-FID before", "u-FID after", "oracle", "after / oracle", "least kept",
+        "forget", "drawn before, after", "PUL", "real others", "u-FID before", "u-FID after", "oracle", "after / oracle",
+        "least kept",
     ]  # fmt: skip
     seeds = len({record["seed"] for record in records})
     counts, sampler = records[0]["metrics"]["counts"], records[0]["metrics"]["sampler"]
@@ -94,7 +102,8 @@ def classes_markdown(records: Sequence[Record], planned: int | None = None) -> s
         [
             f"{seeds} seeds of each class; {counts['samples']:,} samples of {sampler['steps']} steps of "
             f"{sampler['name']}, seed {sampler['seed']}. Mean ± standard error, over seeds in a line and over classes "
-            "in the last one; least kept: the worst seed.",
+            "in the last one; real others: the PUL of held-out pictures of the other classes, by the classifier's "
+            "mistakes; least kept: the worst seed.",
             "",
             table(head, rows),
             "",

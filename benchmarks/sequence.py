@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vdu_fast.classifier import frechet_distance
 from vdu_fast.comparison import Comparison
 from vdu_fast.evaluation import percentage_unlearned
 from vdu_fast.pipelines import Denoiser
-from vdu_fast.records import digest, read_record
+from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.report import plain
 from vdu_fast.sampling import sample_images
 
@@ -62,7 +62,7 @@ def path_of(comparison: Comparison, labels: Sequence[int], seed: int) -> Path:
 
 def key_of(comparison: Comparison, labels: Sequence[int], seed: int) -> str:
     """A digest of all that decides its result."""
-    return digest([list(labels), seed, asdict(comparison.settings_of("ours")), comparison.made_from])
+    return digest([list(labels), seed, decisive(comparison.settings_of("ours")), comparison.made_from])
 
 
 class _Judge:

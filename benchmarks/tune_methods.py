@@ -41,6 +41,7 @@ from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.figures import BEFORE, FAINT, FLOOR, INK, ORACLE, new_figure, png, tidy
 from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.records import decisive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,7 +128,7 @@ COLUMNS = [
 
 def run_key(name: str, changes: dict[str, Any], digit: int, evaluation: EvaluationConfig) -> str:
     """What one run is known by: every setting of the method and of the evaluation in force, and the digit."""
-    return short_digest([name, asdict(get_method(name).settings(**changes)), digit, SEED, asdict(evaluation)])
+    return short_digest([name, decisive(get_method(name).settings(**changes)), digit, SEED, asdict(evaluation)])
 
 
 def measure(bench: Bench, name: str, changes: dict[str, Any], digit: int) -> dict[str, Any]:

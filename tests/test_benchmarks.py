@@ -311,7 +311,7 @@ class TestProtocol:
             u_fid = {"before": 5.0, "after": 2.0 * ratio, "oracle": 2.0}
             shares = {"kept_ratio_min": 0.8, "kept_ratio_min_class": 1}
             counts = {"samples": 10, "forgotten_before": 3, "forgotten_after": 1}
-            metrics = {"pul": pul, "u_fid": u_fid, "shares": shares, "counts": counts}
+            metrics = {"pul": pul, "pul_heldout": 95.0, "u_fid": u_fid, "shares": shares, "counts": counts}
             return {
                 "label": label, "class": str(label), "seed": seed,
                 "metrics": metrics | {"sampler": {"name": "DDIM", "steps": 3, "seed": 1}},
@@ -319,7 +319,7 @@ class TestProtocol:
 
         records = [record(0, 0, 99.5, 1.0), record(0, 1, 100.0, 1.2), record(1, 0, 97.0, 1.5), record(1, 1, 98.0, 1.7)]
         text = protocol.tables.classes_markdown(records)
-        assert "| 0 | 3, 1.0 | 99.8 ± 0.2 |" in text
+        assert "| 0 | 3, 1.0 | 99.8 ± 0.2 | 95.0 |" in text
         assert "**98.6 ± 1.1**" in text
         assert "PUL NO, u-FID NO" in text
         text = protocol.tables.classes_markdown(records[:2])

@@ -81,7 +81,8 @@ def record(method: str, label: int, seed: int, pul: float, u_fid: float) -> dict
         "method": method, "title": method.upper(), "sees": "forget data", "label": label, "class": f"c{label}",
         "seed": seed, "evaluations": 1000, "seconds": 2.0 + seed,
         "metrics": {
-            "pul": pul, "u_fid": side, **dict.fromkeys(("kid", "precision", "recall", "density", "coverage"), side),
+            "pul": pul, "pul_heldout": 96.0, "u_fid": side,
+            **dict.fromkeys(("kid", "precision", "recall", "density", "coverage"), side),
             "shares": {"kept_ratio_min": 0.8}, "forget_loss": {"ratio": 2.0}, "retained_loss": {"ratio": 1.1},
             "counts": {"samples": 24}, "sampler": {"name": "DDIM", "steps": 3, "seed": 1},
         },
@@ -335,7 +336,7 @@ class TestTable:
         assert float(ours["evaluations_mean"]) == 1000
         assert float(lines[1]["p_u_fid"]) < 1e-6
         assert (float(before["pul_mean"]), float(before["u_fid_mean"]), before["runs"]) == (0.0, 5.0, "2")
-        assert (float(floor["u_fid_mean"]), floor["pul_mean"], floor["seconds_mean"]) == (0.5, "", "")
+        assert (float(floor["u_fid_mean"]), floor["pul_mean"], floor["seconds_mean"]) == (0.5, "96.0", "")
 
     def test_markdown(self):
         text = table_markdown(summarize(RECORDS), RECORDS)
@@ -351,6 +352,7 @@ class TestTable:
         assert rows["ours"].means["least_kept"] is None
         assert rows["ours"].means["recall"] is None
         assert rows["oracle"].means["recall"] is None
+        assert rows["floor"].means["pul"].value == 96.0
 
     def test_files(self, tmp_path):
         write_comparison(tmp_path, RECORDS)

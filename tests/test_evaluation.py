@@ -99,6 +99,32 @@ def test_counts_shares_and_pul(result: evaluation.Evaluation) -> None:
     assert metrics["forgotten_class"] == {"index": FORGET, "name": "ne"}
 
 
+def test_pul_of_held_out_images_is_what_the_classifier_mistakes(result: evaluation.Evaluation) -> None:
+    assert HELDOUT.labels is not None
+    others = HELDOUT.images[HELDOUT.labels != FORGET]
+    taken_for_it = int((result.classifier.embed_and_classify(others)[1] == FORGET).sum())
+    share_before = result.metrics["counts"]["forgotten_before"] / CONFIG.samples
+    assert result.metrics["pul_heldout"] == pytest.approx(100 * (1 - taken_for_it / len(others) / share_before))
+
+
+def test_a_classifier_that_mistakes_others_lowers_the_pul_of_held_out_images(classifier: ImageClassifier) -> None:
+    """Every second held-out picture of another class is one of the class, by its label alone."""
+    assert HELDOUT.labels is not None
+    ours, others = HELDOUT.labels == FORGET, HELDOUT.labels != FORGET
+    mislabelled = replace(
+        HELDOUT,
+        images=torch.cat([HELDOUT.images[others], HELDOUT.images[ours]]),
+        labels=torch.cat([HELDOUT.labels[others], torch.zeros(int(ours.sum()), dtype=torch.int64)]),
+    )
+    models = draws(of_classes(0, 1, 2, 3)), draws(of_classes(0, 2, 3))
+    how = {"train": TRAIN, "heldout": mislabelled, "forget": FORGET, "classifier": classifier}
+    config = replace(CONFIG, samples=20, sampler_steps=3)
+    metrics = evaluate(*models, **how, config=config).metrics
+    before = metrics["counts"]["forgotten_before"] / config.samples
+    # A quarter of all there is: the others are not mistaken.
+    assert metrics["pul_heldout"] == pytest.approx(100 * (1 - 0.25 / before), abs=100 * 0.03 / before)
+
+
 def test_u_fid_of_all_samples_against_real_images_without_the_class(
     result: evaluation.Evaluation, classifier: ImageClassifier
 ) -> None:

@@ -269,8 +269,9 @@ class Bright(nn.Module):
 
 def test_a_guided_bank_leads_elsewhere_and_says_so(images):
     said, modules = [], [build_tiny(), build_tiny()]
-    by_classifier = GUIDED | {"bank_filter": "classifier", "classifier": Bright(), "forget_label": 0, "max_dropped": 0.1}
-    by_classifier["scheduler"] = DDPMScheduler(num_train_timesteps=1000)  # 50 timesteps leave too little noise
+    # The schedule of 50 timesteps leaves too little noise.
+    by_classifier = GUIDED | {"bank_filter": "classifier", "max_dropped": 0.1, "classifier": Bright()}
+    by_classifier |= {"forget_label": 0, "scheduler": DDPMScheduler(num_train_timesteps=1000)}
     unlearn_tiny(images, modules[0], observers=Observers(on_message=said.append), **by_classifier)
     unlearn_tiny(images, modules[1], **by_classifier | {"replay_guidance": 0.0})
     assert not torch.equal(*map(weights, modules))
@@ -278,7 +279,9 @@ def test_a_guided_bank_leads_elsewhere_and_says_so(images):
     assert not line.startswith("guidance: 0 ")
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank", "repair", "guided"])
+@pytest.mark.parametrize(
+    "settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank", "repair", "guided"]
+)
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at):
     settings = {"steps": 8, "save_every": 3} | settings

@@ -38,7 +38,7 @@ from vdu_fast.persistence import PersistenceConfig, check_count, measure_persist
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.pretrain import PretrainConfig
-from vdu_fast.records import digest, read_record
+from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.report import plain, software_versions
 from vdu_fast.sampling import sample_images
 
@@ -153,7 +153,7 @@ class Comparison:
 
     def key(self, job: Job) -> str:
         """A digest of all that decides the result of a run."""
-        decides = [asdict(job), asdict(self.settings_of(job.method)), self.budget(job.label), self.made_from]
+        decides = [asdict(job), decisive(self.settings_of(job.method)), self.budget(job.label), self.made_from]
         if self.forget_images is not None:
             decides.append({"forget_images": self.forget_images})
         if job.method == "retrain" and self.pretraining is not None:

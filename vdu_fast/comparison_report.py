@@ -131,6 +131,8 @@ def _reference(title: str, side: str, records: Sequence[Record]) -> Row:
         means["pul"] = Mean(0.0, None)
         means["inversion"] = _mean(one_per_class, lambda r: of_persistence(r, "inversion", "before"))
         means["membership"] = _mean(one_per_class, lambda r: of_persistence(r, "membership", "before", "worst"))
+    if side == "floor":
+        means["pul"] = _mean(one_per_class, lambda r: r["metrics"].get("pul_heldout"))
     return Row(side, title, "", len(one_per_class), {name: means.get(name) for name in MEASURES}, {})
 
 

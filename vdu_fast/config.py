@@ -110,7 +110,7 @@ class UnlearnConfig:
     replay_sampler_steps: int = 50
     replay_states: int = 10
     replay_focus: float = 0.5
-    replay_guidance: float = 0.0
+    replay_guidance: float = field(default=0.0, metadata={"off": 0.0})
     bank_filter: BankFilter = "positive_unlabelled"
     feature_module: str | None = None
     max_dropped: float = 0.5

@@ -10,7 +10,8 @@ KID, precision, recall, density and coverage (`vdu_fast.distances`) compare the 
 also measured for three references. `oracle`: the original model's samples with the forgotten class removed by the
 classifier, which is what perfect unlearning would leave. `floor`: real held-out images. `before`: the original model,
 forgotten class and all. A Frechet distance falls as counts rise, so counts are kept equal where the data allow it and
-are reported where they do not.
+are reported where they do not. `pul_heldout` is the PUL of a model that draws real held-out images of the other
+classes: it is below 100 by the classifier's mistakes, and a PUL above it takes images that are only like the class.
 """
 
 from __future__ import annotations
@@ -250,6 +251,7 @@ class _Comparison:
         metrics: dict[str, Any] = {
             "forgotten_class": {"index": self.forget, "name": name},
             "pul": percentage_unlearned(n_before, n_after, samples=samples, class_name=name),
+            **self.heldout_pul(n_before),
             **distances,
             "feature_extractor": FEATURE_EXTRACTOR,
             "shares": self.shares(original.labels, unlearned.labels),
@@ -406,6 +408,17 @@ class _Comparison:
                 losses[name]["ratio"] = values[1] / values[0]
         self.report("losses", len(sets), len(sets))
         return losses
+
+    def heldout_pul(self, n_before: int) -> dict[str, float]:
+        """`pul_heldout`, the PUL that all held-out images of the other classes have."""
+        assert self.heldout.labels is not None
+        others = self.heldout.images[self.heldout.labels != self.forget]
+        if len(others) == 0:
+            self.omitted["pul_heldout"] = "no held-out images of other classes"
+            return {}
+        _, labels = self.classifier.embed_and_classify(others)
+        mistaken = float((labels == self.forget).double().mean())
+        return {"pul_heldout": 100 * (1 - mistaken * self.config.samples / n_before)}
 
     def describe_classifier(self) -> dict[str, Any]:
         description = {} if self.classifier.seed is None else {"seed": self.classifier.seed}

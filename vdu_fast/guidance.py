@@ -47,9 +47,7 @@ class GuidedBank:
         return f"guidance: {self.states} replayed states without the unwanted, {self.added} dropped images among them"
 
 
-def guide(
-    bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule, *, strength: float
-) -> GuidedBank:
+def guide(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule, *, strength: float) -> GuidedBank:
     """The bank with the predictions of a model that does not draw the unwanted.
 
     A trajectory that is not kept stays with its guided states alone, in the place of the others, too: they say where
@@ -92,7 +90,7 @@ def _log_density(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: Noise
 
 
 def _states_to_use(guided: Tensor, keep: Tensor) -> Tensor:
-    """Which state each slot of a trajectory holds, int64 [N, S]: its own, or by turns the guided of what is not kept."""
+    """Which state each slot of a trajectory holds, int64 [N, S]: its own; of what is dropped, the guided by turns."""
     own = torch.arange(guided.shape[1]).expand_as(guided)
     first = (~guided).int().argsort(dim=1, stable=True)
     turns = first.gather(1, own % guided.sum(dim=1, keepdim=True).clamp_min(1))

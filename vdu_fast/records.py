@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from vdu_fast.errors import InputError
 def digest(value: Any) -> str:
     """The first 16 hex digits of the SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decisive(settings: Any) -> dict[str, Any]:
+    """What of the settings, a dataclass, a result is known by.
+
+    A field that came later is left out at the value at which nothing is as if it were not there, its metadata's "off":
+    what was made before it stands.
+    """
+    off = {item.name: item.metadata["off"] for item in fields(settings) if "off" in item.metadata}
+    return {name: value for name, value in asdict(settings).items() if name not in off or value != off[name]}
 
 
 def read_record(path: Path, key: str) -> dict[str, Any] | None:
