@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hinge 3, lambda 5": {"replay_weight": 5.0},
     "hinge 3, lambda 5, focus": FOCUSED,
     "hinge 3, lambda 4, focus": FOCUSED | {"replay_weight": 4.0},
+    "hinge 3, lambda 4, focus, guided": FOCUSED | {"replay_weight": 4.0, "replay_guidance": 1.0},
     "hinge 3, lambda 5, focus, bank of 20 steps": FOCUSED | {"replay_sampler_steps": 20},
     "hinge 2.5, lambda 5, sharpened metric": {"hinge_ratio": 2.5, "replay_weight": 5.0, "sharpen": 2.0},
     "hinge 2.5, lambda 5, 200 steps": {"hinge_ratio": 2.5, "replay_weight": 5.0, "steps": 200},

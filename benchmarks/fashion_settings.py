@@ -74,6 +74,7 @@ def comparison_of(bench: Bench, changes: dict[str, Any], folder: str) -> Compari
         output=bench.output / "settings" / folder,
         config=replace(bench.base.config, seed=EVALUATION_SEED),
         settings={"ours": UnlearnConfig(**changes)},
+        evaluations=None,
     )
 
 

@@ -93,8 +93,8 @@ def classes_markdown(records: Sequence[Record], planned: int | None = None) -> s
         ]
     )
     head = [
-        "forget", "drawn before, after", "PUL", "real others", "u-FID before", "u-FID after", "oracle", "after / oracle",
-        "least kept",
+        "forget", "drawn before, after", "PUL", "real others", "u-FID before", "u-FID after", "oracle",
+        "after / oracle", "least kept",
     ]  # fmt: skip
     seeds = len({record["seed"] for record in records})
     counts, sampler = records[0]["metrics"]["counts"], records[0]["metrics"]["sampler"]

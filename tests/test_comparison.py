@@ -336,7 +336,7 @@ class TestTable:
         assert float(ours["evaluations_mean"]) == 1000
         assert float(lines[1]["p_u_fid"]) < 1e-6
         assert (float(before["pul_mean"]), float(before["u_fid_mean"]), before["runs"]) == (0.0, 5.0, "2")
-        assert (float(floor["u_fid_mean"]), floor["pul_mean"], floor["seconds_mean"]) == (0.5, "96.0", "")
+        assert (float(floor["u_fid_mean"]), floor["pul_mean"], floor["seconds_mean"]) == (0.5, "96", "")
 
     def test_markdown(self):
         text = table_markdown(summarize(RECORDS), RECORDS)

@@ -66,13 +66,14 @@ def by_the_rule(
     t, x_t = int(bank.timesteps[number, slot]), bank.x_t[number, slot].double()
     signal, noise = float(schedule.signal[t]), float(schedule.noise[t])
     all_of_them, wanted = torch.zeros(SHAPE, dtype=torch.float64), torch.zeros(SHAPE, dtype=torch.float64)
-    total = kept = squares = 0.0
+    total = all_squares = kept = squares = 0.0
     for other in range(len(bank)):
         if other != number:
             x0 = bank.images[other].double()
             density = math.exp(-float((x_t - signal * x0).square().sum()) / (2 * noise**2))
             left = density * (1 - float(unwanted[other]))
             all_of_them, total = all_of_them + density * x0, total + density
+            all_squares += density**2
             wanted, kept, squares = wanted + left * x0, kept + left, squares + left**2
     if squares == 0:  # too far from all of them to tell
         return bank.predictions[number, slot].double(), 0.0
@@ -83,12 +84,15 @@ def by_the_rule(
         "v_prediction": -(signal**2 / noise + noise) * moved,
         "velocity": -(signal / noise + 1) * moved,
     }[schedule.prediction_type]
-    return bank.predictions[number, slot].double() + change, kept**2 / squares
+    # Of the mean that fewer images tell.
+    return bank.predictions[number, slot].double() + change, min(kept**2 / squares, total**2 / all_squares)
 
 
+@pytest.mark.parametrize("chunk", [7, 500])
 @pytest.mark.parametrize("strength", [1.0, 1.7])
 @pytest.mark.parametrize("prediction_type", [*DIFFUSION, "velocity"])
-def test_a_guided_prediction_is_by_bayes_rule(bank, unwanted, prediction_type, strength):
+def test_a_guided_prediction_is_by_bayes_rule(bank, unwanted, prediction_type, strength, chunk, monkeypatch):
+    monkeypatch.setattr(guidance, "CHUNK", chunk)
     schedule = schedule_of(prediction_type)
     found = guide(bank, KEEP, unwanted, schedule, strength=strength).bank
     kept = int(KEEP.sum())
@@ -131,7 +135,10 @@ def test_of_what_is_not_kept_the_guided_states_alone_stay(bank, unwanted):
             torch.testing.assert_close(
                 found.bank.predictions[row, place], targets[slot][0].float(), rtol=1e-5, atol=1e-6
             )
-    assert torch.equal(found.bank.likeness, bank.likeness)
+    # They are no neighbours of the unwanted.
+    assert torch.equal(found.bank.likeness[:kept], bank.likeness[:kept])
+    assert found.bank.likeness[kept:].isneginf().all()
+    assert found.bank.nearest.tolist() == list(range(kept - 1, kept - 1 - kept // 4, -1))
 
 
 def test_what_has_no_guided_state_goes(bank, unwanted):
@@ -144,10 +151,9 @@ def test_what_has_no_guided_state_goes(bank, unwanted):
 
 def test_it_counts_its_states_and_says_so(bank, unwanted):
     found = guide(bank, KEEP, unwanted, EPSILON, strength=1.0)
-    old = {tuple(row.tolist()) for row in bank.predictions.flatten(2).flatten(0, 1)}
-    new = [tuple(row.tolist()) not in old for row in found.bank.predictions.flatten(2).flatten(0, 1)]
-    assert found.states == sum(new)
-    says = f"guidance: {found.states} replayed states without the unwanted, 12 dropped images among them"
+    old, new = ({tuple(row.tolist()) for row in b.predictions.flatten(2).flatten(0, 1)} for b in (bank, found.bank))
+    assert found.states == len(new - old)
+    says = f"guidance: {found.states} replayed states without the unwanted, also of 12 images dropped"
     assert found.describe() == says
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from vdu_fast.errors import InputError
 from vdu_fast.machine import cores, device_name, has_bfloat16
 from vdu_fast.phases import PREFIX, PhaseRecorder
 from vdu_fast.pipelines import denoiser_of
-from vdu_fast.profiling import profile
+from vdu_fast.profiling import profile, replay_costs
 from vdu_fast.profiling.measuring import STEP
 from vdu_fast.profiling.report import save_profile
 from vdu_fast.replay import build_bank
@@ -88,6 +89,15 @@ class TestProfile:
         marks = [event["name"].removeprefix(PREFIX) for event in events if event.get("cat") == "user_annotation"]
         assert (marks.count(STEP), marks.count("update"), marks.count("forward")) == (2, 2, 2)
         assert marks.count("check") == 2  # the measurement, and the keeping of what it found good
+
+    def test_guidance_is_part_of_the_filter(self, tiny_module, scheduler, images):
+        settings = small(bank_filter="positive_unlabelled", feature_module="encode", replay_guidance=1.0)
+        how = {"posterior": random_posterior(tiny_module), "scheduler": scheduler, "steps": 1, "warmup": 0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(replay_costs, "guide", lambda *told, strength: time.sleep(0.05))
+            filtering = profile(tiny_module, images, config=settings, **how).part("filter")
+        # 100 images instead of 32, against as many.
+        assert filtering.seconds > 0.05 * (100 / 32) ** 2
 
     def test_steps_that_only_repair_are_measured_too(self, tiny_module, scheduler, images):
         posterior, settings = random_posterior(tiny_module), small(steps=40, forget_share=0.25)

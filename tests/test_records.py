@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.records import decisive, digest
+
+RUNS = Path(__file__).parents[1] / "benchmarks" / "results" / "digits" / "runs.jsonl"
 
 
 @dataclass
@@ -26,9 +30,13 @@ def test_a_later_setting_that_is_on_decides():
     assert decisive(Later()) == {"steps": 3, "guidance": 1.0}
 
 
-def test_results_from_before_guidance_stand():
-    # The digest that the settings of these results had.
-    before = digest(decisive(UnlearnConfig()))
-    assert before == digest(decisive(UnlearnConfig(replay_guidance=0.0)))
-    assert before != digest(decisive(UnlearnConfig(replay_guidance=1.0)))
-    assert "replay_guidance" not in decisive(UnlearnConfig())
+def test_published_results_stand():
+    published = [json.loads(line)["record"] for line in RUNS.read_text().splitlines()]
+    ours = next(record for record in published if record.get("method") == "ours")
+    job = {name: ours[name] for name in ("label", "method", "seed")}
+
+    def key(config: UnlearnConfig) -> str:
+        return digest([job, decisive(config), ours["budget"], ours["made_from"]])
+
+    assert key(UnlearnConfig()) == ours["key"]
+    assert key(UnlearnConfig(replay_guidance=1.0)) != ours["key"]

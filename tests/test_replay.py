@@ -106,6 +106,12 @@ def test_a_bank_that_may_not_fit_twice_is_warned_of(monkeypatch, caplog, free, w
     assert ["15.4 GiB" in record.getMessage() for record in caplog.records] == [True] * warned
 
 
+def test_guiding_a_bank_takes_half_of_it_more(monkeypatch, caplog):
+    monkeypatch.setattr(replay, "available_memory", lambda: 31 * GIB)
+    check_memory(*LARGE, guided=True)
+    assert "15.4 GiB of memory, up to 2.5 times that" in caplog.text
+
+
 @pytest.mark.parametrize("states", [0, 6])
 def test_more_states_than_steps_are_refused(tiny_denoiser, states):
     with pytest.raises(InputError, match=f"replay_states must be between 1 and the 5 sampler steps, got {states}"):

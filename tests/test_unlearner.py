@@ -244,6 +244,8 @@ GUIDED = {
     "bank_filter": "positive_unlabelled",
     "feature_module": "encode",
     "replay_samples": 40,
+    # A schedule of 50 timesteps leaves too little noise.
+    "scheduler": DDPMScheduler(num_train_timesteps=1000),
 }
 VARIANTS = [
     {},
@@ -269,14 +271,21 @@ class Bright(nn.Module):
 
 def test_a_guided_bank_leads_elsewhere_and_says_so(images):
     said, modules = [], [build_tiny(), build_tiny()]
-    # The schedule of 50 timesteps leaves too little noise.
     by_classifier = GUIDED | {"bank_filter": "classifier", "max_dropped": 0.1, "classifier": Bright()}
-    by_classifier |= {"forget_label": 0, "scheduler": DDPMScheduler(num_train_timesteps=1000)}
-    unlearn_tiny(images, modules[0], observers=Observers(on_message=said.append), **by_classifier)
+    by_classifier["forget_label"] = 0
+    result = unlearn_tiny(images, modules[0], observers=Observers(on_message=said.append), **by_classifier)
     unlearn_tiny(images, modules[1], **by_classifier | {"replay_guidance": 0.0})
     assert not torch.equal(*map(weights, modules))
-    (line,) = [message for message in said if message.startswith("guidance: ")]
-    assert not line.startswith("guidance: 0 ")
+    found = result.record()["filter"]
+    assert f"guidance: {found['guided_states']} replayed states" in "\n".join(said)
+    assert 0 < found["guided_states"] <= 40 * 3
+    assert 0 < found["guided_dropped"] <= found["dropped"]
+
+
+def test_images_too_far_apart_to_guide_are_said_before_the_first_step(images):
+    says = r"replay_guidance 1\.0: the 40 replayed images lie too far apart.*Raise replay_samples, or leave it at 0"
+    with pytest.raises(InputError, match=says):
+        unlearn_tiny(images, **GUIDED | {"scheduler": SCHEDULER})
 
 
 @pytest.mark.parametrize(

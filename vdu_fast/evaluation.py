@@ -11,7 +11,7 @@ also measured for three references. `oracle`: the original model's samples with 
 classifier, which is what perfect unlearning would leave. `floor`: real held-out images. `before`: the original model,
 forgotten class and all. A Frechet distance falls as counts rise, so counts are kept equal where the data allow it and
 are reported where they do not. `pul_heldout` is the PUL of a model that draws real held-out images of the other
-classes: it is below 100 by the classifier's mistakes, and a PUL above it takes images that are only like the class.
+classes, as often as there are: it is below 100 by the classifier's mistakes.
 """
 
 from __future__ import annotations

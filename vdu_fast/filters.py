@@ -55,6 +55,8 @@ class FilterReport:
         dropped: how many were dropped.
         estimated_share: the filter's own estimate of the unwanted share of the bank, None where it makes none.
         limited: whether max_dropped kept the filter from dropping all it suspected.
+        guided_states: replayed states whose targets are those of a model that does not draw the unwanted, and
+        guided_dropped: dropped images whose noise is replayed with them; None without guidance.
     """
 
     method: str
@@ -62,6 +64,8 @@ class FilterReport:
     dropped: int
     estimated_share: float | None = None
     limited: bool = False
+    guided_states: int | None = None
+    guided_dropped: int | None = None
 
     def describe(self) -> str:
         """One line for people."""

@@ -10,7 +10,8 @@ the image is unwanted,
     E'[x_0 | x_t] =  sum_j w_j (1 - u_j) x_j / sum_j w_j (1 - u_j)
 
 and the target is the old prediction moved by `strength` times the difference. The difference is small where x_t shows
-what it will be, and there the images of a bank lie too far apart to tell it: it is left out.
+what it will be, and there the images of a bank lie too far apart to tell it: it is left out. The larger the pictures,
+the more noise that takes; with the schedule and the latents of Stable Diffusion no noise is enough.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from torch import Tensor
 from vdu_fast.replay import ReplayBank
 from vdu_fast.schedule import NoiseSchedule
 
-# The means are taken over so many images at least, in effect (1 / sum of squared weights): fewer say what these images
+# Both means are taken over so many images at least, in effect (1 / sum of squared weights): fewer say what these images
 # are like, not what the model draws.
 FEWEST_IMAGES = 20.0
+# States at a time: a matrix of so many by the images of the bank is what it takes in memory.
+CHUNK = 500
 
 
 @dataclass(frozen=True)
 class GuidedBank:
-    """A bank to replay from, and how many of its states have a target without the unwanted.
+    """A bank to replay from, and how much of it has a target without the unwanted.
 
     Attributes:
-        bank: what was to be kept, and of the rest those states that are guided.
-        states: guided states in it.
+        bank: what was to be kept, and of the rest the trajectories with guided states.
+        states: guided states.
         added: trajectories of the rest.
     """
 
@@ -44,7 +47,7 @@ class GuidedBank:
 
     def describe(self) -> str:
         """One line for people."""
-        return f"guidance: {self.states} replayed states without the unwanted, {self.added} dropped images among them"
+        return f"guidance: {self.states} replayed states without the unwanted, also of {self.added} images dropped"
 
 
 def guide(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule, *, strength: float) -> GuidedBank:
@@ -61,24 +64,32 @@ def guide(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSched
         strength: of the difference between both means; 1 is Bayes' rule.
     """
     predictions, guided = bank.predictions.clone(), torch.zeros_like(bank.timesteps, dtype=torch.bool)
-    images, unwanted = bank.images.flatten(1).double(), unwanted.double()
+    images, wanted = bank.images.flatten(1).double(), (1 - unwanted.double()).log()
     for slot in range(bank.timesteps.shape[1]):
-        timesteps, x_t = bank.timesteps[:, slot], bank.x_t[:, slot]
-        nearness = _log_density(x_t.flatten(1).double(), images, timesteps, schedule).fill_diagonal_(-torch.inf)
-        wanted = (nearness + (1 - unwanted).log()).softmax(dim=1)
-        guided[:, slot] = wanted.square().sum(dim=1) <= 1 / FEWEST_IMAGES
-        x0 = strength * ((wanted - nearness.softmax(dim=1)) @ images).reshape(x_t.shape)
-        # x_t stays where it is, so what x_0 gains the noise loses.
-        signal, noise = schedule.coefficients(timesteps, x0)
-        moved = schedule.target(x0, -signal / noise * x0, timesteps).to(predictions.dtype)
-        predictions[guided[:, slot], slot] += moved[guided[:, slot]]
+        for rows in torch.arange(len(bank)).split(CHUNK):
+            timesteps, x_t = bank.timesteps[rows, slot], bank.x_t[rows, slot]
+            nearness = _log_density(x_t.flatten(1).double(), images, timesteps, schedule)
+            nearness[torch.arange(len(rows)), rows] = -torch.inf
+            old, new = nearness.softmax(dim=1), (nearness + wanted).softmax(dim=1)
+            told = torch.maximum(old.square().sum(dim=1), new.square().sum(dim=1)) <= 1 / FEWEST_IMAGES
+            x0 = strength * ((new - old) @ images).reshape(x_t.shape)
+            # x_t stays where it is, so what x_0 gains the noise loses.
+            signal, noise = schedule.coefficients(timesteps, x0)
+            moved = schedule.target(x0, -signal / noise * x0, timesteps).to(predictions.dtype)
+            guided[rows, slot] = told
+            predictions[rows[told], slot] += moved[told]
     use = keep | guided.any(dim=1)
-    slots = _states_to_use(guided, keep)
-    rows = torch.arange(len(bank))[:, None]
-    whole = replace(
-        bank, x_t=bank.x_t[rows, slots], timesteps=bank.timesteps[rows, slots], predictions=predictions[rows, slots]
+    rows, slots = use.nonzero(), _states_to_use(guided, keep)[use]
+    used = replace(
+        bank,
+        images=bank.images[use],
+        x_t=bank.x_t[rows, slots],
+        timesteps=bank.timesteps[rows, slots],
+        predictions=predictions[rows, slots],
+        # The focus is on what is near the unwanted and stays, not on the unwanted itself.
+        likeness=None if bank.likeness is None else bank.likeness.masked_fill(~keep, -torch.inf)[use],
     )
-    return GuidedBank(whole.keep(use), int(guided[rows, slots][use].sum()), int((use & ~keep).sum()))
+    return GuidedBank(used, int(guided.sum()), int((use & ~keep).sum()))
 
 
 def _log_density(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:

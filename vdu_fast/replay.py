@@ -43,7 +43,8 @@ class ReplayBank:
         timesteps: int64 [N, S], their schedule indices.
         predictions: float [N, S, C, H, W], what the old model predicted there.
         made_from: fingerprint of the model, and the sampler's settings.
-        likeness: float [N], how much an image looks like what must go; of one request, and not saved. None: unknown.
+        likeness: float [N], how much an image looks like what must go; of one request, and not saved. None: unknown;
+            -inf: never near.
     """
 
     images: Tensor
@@ -72,7 +73,7 @@ class ReplayBank:
     def nearest(self) -> Tensor:
         """Numbers of the trajectories that end most like what must go, a quarter of all; needs `likeness`."""
         assert self.likeness is not None
-        return self.likeness.topk(math.ceil(NEAREST * len(self))).indices
+        return self.likeness.topk(math.ceil(NEAREST * int(self.likeness.isfinite().sum()))).indices
 
     def batch(self, size: int, step: int, seed: int, *, focus: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """States, timesteps and old predictions of minibatch `step`.
@@ -118,18 +119,19 @@ def bank_bytes(sample_shape: tuple[int, ...], count: int, states: int) -> int:
     return 4 * count * (1 + 2 * states) * math.prod(sample_shape)
 
 
-def check_memory(sample_shape: tuple[int, ...], count: int, states: int) -> None:
-    """InputError when a bank is larger than the memory that is free, a warning when it fills more than half of it.
+def check_memory(sample_shape: tuple[int, ...], count: int, states: int, *, guided: bool = False) -> None:
+    """InputError when a bank is larger than the memory that is free, a warning when filtering it may need more.
 
-    Filtering copies what it keeps, so that for a while there can be two.
+    Filtering copies what it keeps, so that for a while there can be two; guiding has other predictions in hand as well.
     """
-    needed, free = bank_bytes(sample_shape, count, states), available_memory()
-    if free is None or 2 * needed <= free:
+    needed, free, most = bank_bytes(sample_shape, count, states), available_memory(), 2.5 if guided else 2
+    if free is None or most * needed <= free:
         return
     text = (
         f"a replay bank of {count} images {tuple(sample_shape)} with {states} states each takes "
-        f"{needed / 2**30:.1f} GiB of memory, up to twice that while it is filtered, and {free / 2**30:.1f} GiB are "
-        f"free. Lower --replay_samples (now {count}) or --replay_states (now {states}), which it grows with."
+        f"{needed / 2**30:.1f} GiB of memory, up to {most:g} times that while it is filtered, and "
+        f"{free / 2**30:.1f} GiB are free. Lower --replay_samples (now {count}) or --replay_states "
+        f"(now {states}), which it grows with."
     )
     if needed > free:
         raise InputError(text)

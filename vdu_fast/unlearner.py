@@ -38,6 +38,7 @@ from vdu_fast.guidance import guide
 from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.records import decisive
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
 from vdu_fast.unlearning_run import UnlearningRun, check_run
 
@@ -252,7 +253,9 @@ def check_replay(
                 f"replay_sampler_steps {config.replay_sampler_steps} is more than the model's {total} timesteps; pass "
                 f"--replay_sampler_steps {total} or less."
             )
-        check_memory(job.denoiser.sample_shape, config.replay_samples, config.replay_states)
+        check_memory(
+            job.denoiser.sample_shape, config.replay_samples, config.replay_states, guided=config.replay_guidance > 0
+        )
     if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
         raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
     if config.bank_filter == "positive_unlabelled":
@@ -290,7 +293,11 @@ def obtain_bank(job: Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
 def filter_bank(
     job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
 ) -> tuple[ReplayBank, FilterReport]:
-    """The bank without what must go, and the filter's report; InputError where too little is left for a batch."""
+    """The bank without what must go, but for noise that is guided elsewhere, and the filter's report.
+
+    Raises:
+        InputError: too little is left for a batch, or nothing can be guided.
+    """
     config, began = job.config, time.perf_counter()
     found = filtered(job, bank, classifier, forget_label)
     kept = int(found.keep.sum())
@@ -301,14 +308,20 @@ def filter_bank(
             f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
         )
     replayed = replace(bank, likeness=found.likeness)
+    report = found.report
     if config.replay_guidance > 0:
         guided = guide(replayed, found.keep, found.unwanted, job.denoiser.schedule, strength=config.replay_guidance)
+        if guided.states == 0:
+            raise InputError(
+                f"replay_guidance {config.replay_guidance}: the {len(bank)} replayed images lie too far apart to say "
+                "of any state what it would become without the unwanted. Raise replay_samples, or leave it at 0."
+            )
         job.observers.say(guided.describe())
-        replayed = guided.bank
+        replayed, report = guided.bank, replace(report, guided_states=guided.states, guided_dropped=guided.added)
     else:
         replayed = replayed.keep(found.keep)
     job.seconds["filter"] = time.perf_counter() - began
-    return replayed, found.report
+    return replayed, report
 
 
 def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:
@@ -385,11 +398,13 @@ def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:
 
 def _identity(run: UnlearningRun, job: Job) -> str:
     """A digest of all that decides the course of a run, so that a resumed one cannot silently become another."""
-    digest = hashlib.sha256(json.dumps(asdict(job.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(decisive(job.config), sort_keys=True).encode())
     for tensor in (run.weights.center, run.weights.prior_std, job.images):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     if run.bank is not None:
         digest.update(run.bank.images.numpy().tobytes())
+        if job.config.replay_guidance > 0:
+            digest.update(run.bank.predictions.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

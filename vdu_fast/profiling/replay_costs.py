@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from vdu_fast.filters import examples
+from vdu_fast.guidance import guide
 from vdu_fast.profiling.measuring import Report, timed
 from vdu_fast.profiling.record import RunPart
 from vdu_fast.replay import ReplayBank, bank_bytes, build_bank
@@ -45,20 +46,20 @@ class ReplayCosts:
         report: Report,
     ) -> None:
         self._job, self._classifier, self._forget_label, self._report = job, classifier, forget_label, report
-        self._call = self._filter = math.inf
+        self._call = self._filter = self._guide = math.inf
         self._read: float | None = None
         config, batch = job.config, job.config.inference_batch_size
         if isinstance(bank, ReplayBank) or (bank is not None and Path(bank).is_file()):
             self.bank, self._read = timed(job.denoiser.device, lambda: obtain_bank(job, bank))
-            self._count, states = self.bank.x_t.shape[:2]
+            self._count, self._states = self.bank.x_t.shape[:2]
         else:
-            self._count, states = config.replay_samples, config.replay_states
+            self._count, self._states = config.replay_samples, config.replay_states
             batches = max(BATCHES, math.ceil(max(config.replay_batch_size, config.check_size) / batch))
             self._drawn = min(self._count, batch * batches)
             self._steps = min(STEPS, config.replay_sampler_steps)
             self._draw(min(self._drawn, batch))  # a warm-up
             self.bank = self._draw(self._drawn)
-        self.nbytes = bank_bytes(job.denoiser.sample_shape, self._count, states)
+        self.nbytes = bank_bytes(job.denoiser.sample_shape, self._count, self._states)
         self._measure_filter()
 
     def measure(self) -> None:
@@ -83,6 +84,9 @@ class ReplayCosts:
             forget = len(examples(self._job.images))
             looked_at, all_images = (forget + images for images in (len(self.bank), self._count))
             seconds = self._filter * all_images / looked_at
+            if config.replay_guidance > 0:
+                # Every state is held against every image.
+                seconds += self._guide * (self._count / len(self.bank)) ** 2 * self._states / self.bank.x_t.shape[1]
             found.append(RunPart("filter", seconds, looked_at < all_images, f"{looked_at} of {all_images} images"))
         return found
 
@@ -110,5 +114,9 @@ class ReplayCosts:
     def _measure_filter(self) -> None:
         if self._job.config.bank_filter != "none":
             how = self._job, self.bank, self._classifier, self._forget_label
-            _, seconds = timed(self._job.denoiser.device, lambda: filtered(*how))
+            found, seconds = timed(self._job.denoiser.device, lambda: filtered(*how))
             self._filter = min(self._filter, seconds)
+            if (strength := self._job.config.replay_guidance) > 0:
+                told = self.bank, found.keep, found.unwanted, self._job.denoiser.schedule
+                _, seconds = timed(self._job.denoiser.device, lambda: guide(*told, strength=strength))
+                self._guide = min(self._guide, seconds)

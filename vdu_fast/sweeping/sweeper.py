@@ -24,7 +24,7 @@ from vdu_fast.errors import InputError
 from vdu_fast.filters import check_positive_unlabelled
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
-from vdu_fast.records import digest, read_record
+from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream
 from vdu_fast.sampling import sample_images, sampler_for
@@ -180,7 +180,7 @@ class Sweep:
     @cached_property
     def _made_from(self) -> dict[str, Any]:
         """What every run depends on, beside its setting."""
-        shared = {name: value for name, value in asdict(self.job.config).items() if name not in SWEPT}
+        shared = {name: value for name, value in decisive(self.job.config).items() if name not in SWEPT}
         posterior = self.job.posterior
         bank = {"images": self.bank.images, "x_t": self.bank.x_t, "predictions": self.bank.predictions}
         return {
