@@ -56,7 +56,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lambda 8, forget in 0.5, guided": {"replay_weight": 8.0, "forget_share": 0.5, "replay_guidance": 1.0},
     "lambda 6, forget in 0.5, guided": {"replay_weight": 6.0, "forget_share": 0.5, "replay_guidance": 1.0},
-    "lambda 6, forget in 0.6, guided": {"replay_weight": 6.0, "forget_share": 0.6, "replay_guidance": 1.0},
     "focus 0.75": {"replay_focus": 0.75},
     "replay batch 128": {"replay_batch_size": 128},
     "batch 32, replay batch 128": {"batch_size": 32, "replay_batch_size": 128},
