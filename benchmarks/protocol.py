@@ -109,7 +109,7 @@ PROTOCOLS = {
         shared_classes=(1, 5, 9),
         pretraining=PretrainConfig(steps=6000, anneal_steps=1500, channels=(32, 64, 64)),
         resize=16,
-        settings={"ours": UnlearnConfig(replay_weight=6.0, forget_share=0.5, replay_guidance=1.0)},
+        settings={"ours": UnlearnConfig(replay_weight=8.0, forget_share=0.5, replay_guidance=1.0)},
         # More than ours needs, whatever its share of forgetting steps: the others stand when that is chosen again.
         evaluations=101_000,
     ),
