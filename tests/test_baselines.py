@@ -122,7 +122,13 @@ def test_settings_that_make_no_sense():
 
 @pytest.mark.parametrize(
     ("images", "changes"),
-    [(12, {}), (1100, {}), (12, {"forget_share": 0.6}), (12, {"saturation": "npo"}), (12, {"replay_guidance": 1.0})],
+    [
+        (12, {}),
+        (1100, {}),
+        (12, {"forget_share": 0.6}),
+        (12, {"saturation": "npo"}),
+        (12, {"replay_guidance": 1.0, "replay_samples": 60}),
+    ],
 )
 def test_ours_needs_its_whole_budget(images, changes):
     settings = replace(OURS, **changes)
