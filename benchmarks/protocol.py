@@ -102,7 +102,7 @@ PROTOCOLS = {
         study_classes=(3, 9),
         sequence=(3, 5, 8),
     ),
-    # The classes are every second one. The settings of ours are what did best of 26 on these classes, with one seed and
+    # The classes are every second one. The settings of ours were chosen of 26 tried on these classes, with one seed and
     # on other starting noise (fashion_settings.py); the other methods have their defaults, which come from the digits.
     "fashion_mnist": Protocol(
         classes=(1, 3, 5, 7, 9),
