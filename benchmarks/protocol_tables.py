@@ -8,18 +8,13 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vdu_fast.comparison_report import MEASURES, Mean
+from vdu_fast.comparison_report import MEASURES, Mean, heldout_pul
 from vdu_fast.figures import AFTER, FAINT, INK, ORACLE, new_figure, png, tidy
 
 Record = Mapping[str, Any]
 
 PUL, RATIO, KEPT = (MEASURES[name] for name in ("pul", "u_fid_ratio", "least_kept"))
 TARGETS = "Targets: PUL at least 99 and u-FID at most 1.25 times the oracle's, as means over all classes."
-
-
-def heldout_pul(record: Record) -> float | None:
-    """PUL of a model that draws held-out pictures of the other classes."""
-    return record["metrics"].get("pul_heldout")
 
 
 def cell(records: Iterable[Record], read: Callable[[Record], float | None], form: str) -> str:

@@ -18,6 +18,7 @@ from test_baselines import OURS, PRETRAIN, settings_of
 from test_comparison import shades
 
 from vdu_fast.baselines import METHOD_NAMES, get_method
+from vdu_fast.baselines.budget import evaluations_of_unlearn
 from vdu_fast.comparison import Comparison
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
@@ -338,3 +339,8 @@ class TestProtocol:
             assert set(one.methods) == set(METHOD_NAMES) - {"ours"}
             assert one.seeds >= 3
             assert set(one.shared_classes) <= set(one.classes)
+
+    def test_a_fixed_budget_pays_for_ours_whatever_its_share_of_forgetting_steps(self, protocol):
+        fashion = protocol.PROTOCOLS["fashion_mnist"]
+        most = evaluations_of_unlearn(replace(fashion.settings["ours"], forget_share=1.0), 6000)
+        assert most <= fashion.evaluations

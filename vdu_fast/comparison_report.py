@@ -57,6 +57,11 @@ _NO_SPREAD = 1e-9
 REFERENCES = {"original model": "before", "oracle": "oracle", "real held-out": "floor"}
 
 
+def heldout_pul(record: Record) -> float | None:
+    """PUL of a model that draws held-out pictures of the other classes; None of a run from before it was measured."""
+    return record["metrics"].get("pul_heldout")
+
+
 def _ratio(u_fid: Mapping[str, float]) -> float | None:
     return u_fid["after"] / u_fid["oracle"] if u_fid.get("oracle") and "after" in u_fid else None
 
@@ -132,7 +137,7 @@ def _reference(title: str, side: str, records: Sequence[Record]) -> Row:
         means["inversion"] = _mean(one_per_class, lambda r: of_persistence(r, "inversion", "before"))
         means["membership"] = _mean(one_per_class, lambda r: of_persistence(r, "membership", "before", "worst"))
     if side == "floor":
-        means["pul"] = _mean(one_per_class, lambda r: r["metrics"].get("pul_heldout"))
+        means["pul"] = _mean(one_per_class, heldout_pul)
     return Row(side, title, "", len(one_per_class), {name: means.get(name) for name in MEASURES}, {})
 
 

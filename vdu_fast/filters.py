@@ -55,8 +55,9 @@ class FilterReport:
         dropped: how many were dropped.
         estimated_share: the filter's own estimate of the unwanted share of the bank, None where it makes none.
         limited: whether max_dropped kept the filter from dropping all it suspected.
-        guided_states: replayed states whose targets are those of a model that does not draw the unwanted, and
-        guided_dropped: dropped images whose noise is replayed with them; None without guidance.
+        guided_states: replayed states whose targets are those of a model that does not draw the unwanted; None without
+            guidance.
+        guided_dropped: dropped images whose noise is replayed with such targets; None without guidance.
     """
 
     method: str
