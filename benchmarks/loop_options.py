@@ -11,7 +11,6 @@ import argparse
 import csv
 import datetime
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from vdu_fast.benchmarks.cases.loop_options import OPTIONS
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.demo import run_demo
-from vdu_fast.report import plain
 
 RESULTS = Path(__file__).parent / "results" / "loop_options.csv"
 SAMPLES = 1000
@@ -31,7 +29,7 @@ def measured(digit: int, changes: dict[str, Any], folder: Path) -> dict[str, Any
     config, path = UnlearnConfig(**changes), folder / "metrics.json"
     if path.is_file():
         metrics = json.loads(path.read_text())
-        if metrics["settings"] == plain(asdict(config) | {"evaluation": metrics["settings"]["evaluation"]}):
+        if UnlearnConfig(**{k: v for k, v in metrics["settings"].items() if k != "evaluation"}) == config:
             return metrics
     return run_demo(folder, forget=digit, samples=SAMPLES, config=config)
 

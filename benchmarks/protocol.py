@@ -215,14 +215,12 @@ class Bench:
 
     def sequences(self) -> list[dict[str, Any]]:
         """One class after another, from every seed."""
-        labels, seeds = self.protocol.sequence, range(self.protocol.seeds)
-        if not labels:
-            return []
-        files = {sequence.path_of(self.base, labels, seed): sequence.key_of(self.base, labels, seed) for seed in seeds}
+        sequences = sequence.plan(self.protocol.sequence, self.protocol.seeds)
+        files = {one.path(self.base): one.key(self.base) for one in sequences}
         for path, key in files.items():
             self._take_over(path, key)
-        if not self._late():
-            sequence.run_all(self.base, labels, len(seeds), self.processes)
+        if sequences and not self._late():
+            sequence.run_all(self.base, sequences, self.processes)
         return self._finished(files)
 
     def _late(self) -> bool:

@@ -148,16 +148,28 @@ def studies_markdown(studies: Mapping[str, Sequence[Record]], sequences: Sequenc
 
 def _sequence_text(sequences: Sequence[Mapping[str, Any]]) -> str:
     names, rows = sequences[0]["classes"], []
-    lines = {f"forget {name}": [s["requests"][done] for s in sequences] for done, name in enumerate(names)}
-    lines["all at once"] = [sequence["at_once"] for sequence in sequences]
+    by_way: dict[str, list[Mapping[str, Any]]] = {}
+    for sequence in sequences:
+        by_way.setdefault(sequence["way"], []).append(sequence)
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for way, title in (("passed-on", "bank passed on"), ("new-banks", "new bank each")):
+        for done, name in enumerate(names):
+            lines[f"forget {name}, {title}" if done else f"forget {name}"] = [
+                sequence["requests"][done] for sequence in by_way.get(way, [])
+            ]
+    lines["all at once"] = [sequence["requests"][0] for sequence in by_way.get("at-once", [])]
     for title, requests in lines.items():
+        if not requests:
+            continue
         puls = [_cell([request["pul"].get(name) for request in requests], ".1f") for name in names]
         ratio = _cell([request["u_fid"] / request["oracle"] for request in requests], ".2f")
         rows.append([title, *puls, ratio])
     head = ["request", *(f"PUL of {name}" for name in names), "u-FID / oracle"]
+    seeds = len({sequence["seed"] for sequence in sequences})
     return (
-        "Requests in turn, each on the model that the last one left, and all at once from the original model, in as "
-        f"many steps together; mean ± standard error over {len(sequences)} seeds:\n\n{table(head, rows)}"
+        "Requests in turn, each on the model that the last one left, with the bank that it passed on (`--next_bank`) "
+        "or with one drawn anew; and all at once from the original model, in as many steps together; mean ± standard "
+        f"error over {seeds} seeds:\n\n{table(head, rows)}"
     )
 
 

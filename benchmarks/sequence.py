@@ -1,25 +1,23 @@
 """Requests that come one after another: does what was forgotten first stay away when the next class goes?
 
 Each request starts from the model that the one before has left, with the posterior of the original model around the
-weights of now and a new replay bank, drawn by the model of now. Beside it, whoever has kept the original model and the
-forget images of all requests can start from there again: all classes at once, in as many steps as they would have had
-in turn.
+weights of now. Its replay bank is what the one before passes on, or a new one, drawn by the model of now. Beside them,
+whoever has kept the original model and the forget images of all requests can start from there again: all classes at
+once, in as many steps as they would have had in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vdu_fast.baselines import get_method
-from vdu_fast.baselines.method import MethodInputs, run_method
 from vdu_fast.checkpoint import fingerprint, write_json_atomic
 from vdu_fast.classifier import frechet_distance
 from vdu_fast.comparison import Comparison
@@ -28,41 +26,70 @@ from vdu_fast.pipelines import Denoiser
 from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.report import plain
 from vdu_fast.sampling import sample_images
+from vdu_fast.unlearner import unlearn
+
+Way = Literal["passed-on", "new-banks", "at-once"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
-def run(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, Any]:
-    """PUL of each class so far and u-FID after every request, and of all at once, written to a file of its own."""
-    settings = comparison.settings_of("ours")
-    classes = [comparison.train.class_names[label] for label in labels]
-    path, key = path_of(comparison, labels, seed), key_of(comparison, labels, seed)
+@dataclass(frozen=True)
+class Sequence:
+    """Classes that are forgotten one after another, or at once, from a seed."""
+
+    labels: tuple[int, ...]
+    way: Way
+    seed: int
+
+    def path(self, comparison: Comparison) -> Path:
+        """The file of its record."""
+        classes = "-".join(comparison.train.class_names[label] for label in self.labels)
+        return comparison.output / "runs" / f"sequence-{classes}-{self.way}-seed-{self.seed}.json"
+
+    def key(self, comparison: Comparison) -> str:
+        """A digest of all that decides its result."""
+        settings = decisive(comparison.settings_of("ours"))
+        return digest([list(self.labels), self.way, self.seed, settings, comparison.made_from])
+
+
+def plan(labels: tuple[int, ...], seeds: int) -> list[Sequence]:
+    """All sequences, seed by seed."""
+    return [Sequence(labels, way, seed) for seed in range(seeds) for way in WAYS] if labels else []
+
+
+def run(comparison: Comparison, sequence: Sequence) -> dict[str, Any]:
+    """PUL of each class so far and u-FID after every request, written to a file of its own."""
+    path, key, labels = sequence.path(comparison), sequence.key(comparison), sequence.labels
     if (record := read_record(path, key)) is not None:
         return record
-    judge = _Judge(comparison)
-    forget = [comparison.forget_of(label, seed) for label in labels]
+    judge, original = _Judge(comparison), replace(comparison).original  # a copy of its own
+    settings = replace(comparison.settings_of("ours"), seed=sequence.seed, device=str(original.device))
+    forget = [comparison.forget_of(label, sequence.seed) for label in labels]
 
-    def measured(denoiser: Denoiser, images: Tensor, steps: int, gone: Sequence[int]) -> dict[str, Any]:
-        inputs, how = MethodInputs(images, None, comparison.weights), replace(settings, steps=steps)
-        run_method(get_method("ours"), denoiser, inputs, budget=None, seed=seed, settings=how)
-        return judge(denoiser, gone)
+    def measured(images: Tensor, steps: int, gone: tuple[int, ...], **banks: Path | None) -> dict[str, Any]:
+        how = {"posterior": comparison.weights, "scheduler": original.scheduler}
+        unlearn(original.module, images, config=replace(settings, steps=steps), **how, **banks)
+        return judge(original, gone)
 
-    in_turn, anew = replace(comparison).original, replace(comparison).original  # a copy of its own for each
-    requests = [measured(in_turn, images, settings.steps, labels[: done + 1]) for done, images in enumerate(forget)]
-    at_once = measured(anew, torch.cat(forget), len(labels) * settings.steps, labels)
-    about = {"key": key, "judge": fingerprint(comparison.classifier), "seed": seed, "classes": classes}
-    record = plain({**about, "requests": requests, "at_once": at_once})
+    if sequence.way == "at-once":
+        requests = [measured(torch.cat(forget), len(labels) * settings.steps, labels)]
+    else:
+        requests = []
+        with TemporaryDirectory() as folder:
+            bank: Path | None = None
+            for done, images in enumerate(forget, start=1):
+                left = Path(folder) / f"{done}.safetensors" if sequence.way == "passed-on" else None
+                requests.append(measured(images, settings.steps, labels[:done], bank=bank, next_bank=left))
+                bank = left
+    about = {
+        "key": key,
+        "judge": fingerprint(comparison.classifier),
+        "classes": [comparison.train.class_names[label] for label in labels],
+        "way": sequence.way,
+        "seed": sequence.seed,
+    }
+    record = plain({**about, "requests": requests})
     write_json_atomic(path, record)
     return record
-
-
-def path_of(comparison: Comparison, labels: Sequence[int], seed: int) -> Path:
-    """The file of a sequence."""
-    classes = [comparison.train.class_names[label] for label in labels]
-    return comparison.output / "runs" / f"sequence-{'-'.join(classes)}-seed-{seed}.json"
-
-
-def key_of(comparison: Comparison, labels: Sequence[int], seed: int) -> str:
-    """A digest of all that decides its result."""
-    return digest([list(labels), seed, decisive(comparison.settings_of("ours")), comparison.made_from])
 
 
 class _Judge:
@@ -76,7 +103,7 @@ class _Judge:
         before = sample_images(comparison.original, 2 * config.samples, **how)
         self.features, self.labels = comparison.classifier.embed_and_classify(before)
 
-    def __call__(self, denoiser: Denoiser, gone: Sequence[int]) -> dict[str, Any]:
+    def __call__(self, denoiser: Denoiser, gone: tuple[int, ...]) -> dict[str, Any]:
         """PUL of each class that is gone, and u-FID beside the oracle's."""
         train, config = self.comparison.train, self.comparison.config
         classify, forgotten = self.comparison.classifier.embed_and_classify, torch.tensor(list(gone))
@@ -94,12 +121,12 @@ class _Judge:
         return {"pul": pul, "u_fid": frechet_distance(features, real), "oracle": frechet_distance(oracle, real)}
 
 
-def run_all(comparison: Comparison, labels: Sequence[int], seeds: int, processes: int) -> list[dict[str, Any]]:
-    """The sequence from every seed, several at a time, each in a process of one thread."""
+def run_all(comparison: Comparison, sequences: list[Sequence], processes: int) -> list[dict[str, Any]]:
+    """Several sequences at a time, each in a process of one thread."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return list(pool.map(_run_on_one_thread, [replace(comparison)] * seeds, [tuple(labels)] * seeds, range(seeds)))
+        return list(pool.map(_run_on_one_thread, [replace(comparison)] * len(sequences), sequences))
 
 
-def _run_on_one_thread(comparison: Comparison, labels: Sequence[int], seed: int) -> dict[str, Any]:
+def _run_on_one_thread(comparison: Comparison, sequence: Sequence) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return run(comparison, labels, seed)
+    return run(comparison, sequence)

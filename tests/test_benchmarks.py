@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import itertools
 import json
 import random
 import sys
@@ -199,7 +200,10 @@ class TestProtocol:
         name = records[0]["class"]
         text = (tmp_path / "results" / "studies.md").read_text()
         assert f"PUL of {name}" in text
-        assert [list(sequence["at_once"]["pul"]) for sequence in sequences] == [[name], [name]]
+        assert [(sequence["seed"], sequence["way"]) for sequence in sequences] == list(
+            itertools.product(range(2), ("passed-on", "new-banks", "at-once"))
+        )
+        assert all([list(request["pul"]) for request in sequence["requests"]] == [[name]] for sequence in sequences)
         assert "| all at once |" in text
         assert "| 8 forget images | 2 |" in text
         assert f"| {name} |" in (tmp_path / "results" / "classes.md").read_text()

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -591,6 +592,69 @@ def test_a_bank_file_serves_later_requests_which_record_what_it_was_made_with(im
         result = unlearn_tiny(images, bank=path, observers=Observers(on_message=messages.append), **change)
         assert result.record()["bank"] == ReplayBank.load(path).made_from | {"images": 12}
         assert any(str(path) in message for message in messages)
+
+
+class TestTheBankOfTheNextRequest:
+    SETTINGS: ClassVar[dict[str, Any]] = {"bank_filter": "classifier", "max_dropped": 0.4, "forget_label": 0}
+
+    def test_it_serves_the_model_that_was_made_and_holds_what_is_left(self, images, tmp_path):
+        first, second, third = (tmp_path / f"{number}.safetensors" for number in (1, 2, 3))
+        module, drawn, classifier = build_tiny(), [], Bright()
+        how = {"observers": Observers(on_sample=drawn.append), "classifier": classifier, **self.SETTINGS}
+        result = unlearn_tiny(images, module, bank=first, next_bank=second, **how)
+        made, original = ReplayBank.load(second), ReplayBank.load(first)
+        assert 0 < result.filter_report.dropped == 12 - len(made)
+        assert made.made_from == original.made_from | {
+            "model": fingerprint(module),
+            "drawn_by": fingerprint(build_tiny()),
+        }
+        rows = (made.images[:, None] == original.images).flatten(2).all(dim=2).nonzero()[:, 1]
+        assert len(rows) == len(made)
+        assert torch.equal(made.x_t, original.x_t[rows])
+        result = unlearn_tiny(images, module, bank=second, next_bank=str(third), **how | {"replay_batch_size": 3})
+        assert sum(drawn) == 12  # by the first model, and by no other
+        assert result.record()["bank"]["drawn_by"] == fingerprint(build_tiny()) != result.record()["bank"]["model"]
+        last = ReplayBank.load(third)
+        assert last.made_from == made.made_from | {"model": fingerprint(module)}
+        assert len(last) == len(made) - result.filter_report.dropped
+        # Neither serves another model than its own.
+        for path in (first, second):
+            with pytest.raises(InputError, match=r"other weights.*What a request writes by next_bank"):
+                unlearn_tiny(images, module, bank=path)
+
+    def test_a_request_is_the_same_whether_it_passes_its_bank_on_or_not(self, images, tmp_path):
+        alone = unlearn_tiny(images)
+        passing = unlearn_tiny(images, next_bank=tmp_path / "next.safetensors")
+        assert torch.equal(weights(alone.model), weights(passing.model))
+
+    def test_an_interrupted_request_passes_it_on_when_it_is_resumed(self, images, tmp_path):
+        out, whole, resumed = tmp_path / "out", tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+        unlearn_tiny(images, next_bank=whole)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn_tiny(images, output=out, next_bank=resumed, observers=Observers(on_step=Interrupting(2)))
+        assert not resumed.exists()
+        unlearn_tiny(images, output=out, next_bank=resumed, resume=True)
+        assert resumed.read_bytes() == whole.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"next_bank": "."}, "next_bank . is a folder"),
+            ({"next_bank": "there", "bank": "there"}, "next_bank there is --bank itself"),
+            ({"next_bank": "there"}, "next_bank there is there already.*--overwrite"),
+            ({"next_bank": "new", "replay_weight": 0.0}, "without replay.*no bank to pass on"),
+        ],
+    )
+    def test_what_cannot_be_passed_on_is_refused_before_a_bank_is_drawn(
+        self, images, tmp_path, monkeypatch, options, says
+    ):
+        monkeypatch.chdir(tmp_path)
+        Path("there").write_text("something else")
+        drawn = []
+        with pytest.raises(InputError, match=says):
+            unlearn_tiny(images, observers=Observers(on_sample=drawn.append), **options)
+        assert drawn == []
+        assert Path("there").read_text() == "something else"
 
 
 def test_overwriting_draws_a_bank_of_its_own(images, tmp_path):

@@ -63,21 +63,8 @@ def guide(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSched
         schedule: the model's.
         strength: of the difference between both means; 1 is Bayes' rule.
     """
-    predictions, guided = bank.predictions.clone(), torch.zeros_like(bank.timesteps, dtype=torch.bool)
-    images, wanted = bank.images.flatten(1).double(), (1 - unwanted.double()).log()
-    for slot in range(bank.timesteps.shape[1]):
-        for rows in torch.arange(len(bank)).split(CHUNK):
-            timesteps, x_t = bank.timesteps[rows, slot], bank.x_t[rows, slot]
-            nearness = _log_density(x_t.flatten(1).double(), images, timesteps, schedule)
-            nearness[torch.arange(len(rows)), rows] = -torch.inf
-            old, new = nearness.softmax(dim=1), (nearness + wanted).softmax(dim=1)
-            told = torch.maximum(old.square().sum(dim=1), new.square().sum(dim=1)) <= 1 / FEWEST_IMAGES
-            x0 = strength * ((new - old) @ images).reshape(x_t.shape)
-            # x_t stays where it is, so what x_0 gains the noise loses.
-            signal, noise = schedule.coefficients(timesteps, x0)
-            moved = schedule.target(x0, -signal / noise * x0, timesteps).to(predictions.dtype)
-            guided[rows, slot] = told
-            predictions[rows[told], slot] += moved[told]
+    predictions = bank.predictions.clone()
+    guided = _lead_elsewhere(predictions, bank, torch.arange(len(bank)), unwanted, schedule, strength)
     use = keep | guided.any(dim=1)
     rows, slots = use.nonzero(), _states_to_use(guided, keep)[use]
     used = replace(
@@ -90,6 +77,57 @@ def guide(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSched
         likeness=None if bank.likeness is None else bank.likeness.masked_fill(~keep, -torch.inf)[use],
     )
     return GuidedBank(used, int(guided.sum()), int((use & ~keep).sum()))
+
+
+def bank_of_next(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule) -> ReplayBank:
+    """What a request leaves for the next one: what is kept, with predictions that lead to the unwanted no more.
+
+    The next request pushes nothing away of what this one did: left as they were, the predictions would bring it back.
+    Where noise does not leave open what a state becomes, they stay; so do all of them where the images lie too far
+    apart.
+
+    Args:
+        bank, keep, unwanted, schedule: as for `guide`.
+    """
+    left = replace(bank.keep(keep), likeness=None)
+    _lead_elsewhere(left.predictions, bank, keep.nonzero().squeeze(1), unwanted, schedule, strength=1.0)
+    return left
+
+
+def _lead_elsewhere(
+    predictions: Tensor,
+    bank: ReplayBank,
+    trajectories: Tensor,
+    unwanted: Tensor,
+    schedule: NoiseSchedule,
+    strength: float,
+) -> Tensor:
+    """Move predictions to those of a model that does not draw the unwanted, where the bank can tell them.
+
+    Args:
+        predictions: [n, S, C, H, W], changed in place.
+        trajectories: int64 [n], whose predictions these are.
+
+    Returns:
+        bool [n, S], which were moved.
+    """
+    guided = torch.zeros(predictions.shape[:2], dtype=torch.bool)
+    images, wanted = bank.images.flatten(1).double(), (1 - unwanted.double()).log()
+    for slot in range(predictions.shape[1]):
+        for rows in torch.arange(len(trajectories)).split(CHUNK):
+            own = trajectories[rows]
+            timesteps, x_t = bank.timesteps[own, slot], bank.x_t[own, slot]
+            nearness = _log_density(x_t.flatten(1).double(), images, timesteps, schedule)
+            nearness[torch.arange(len(rows)), own] = -torch.inf
+            old, new = nearness.softmax(dim=1), (nearness + wanted).softmax(dim=1)
+            told = torch.maximum(old.square().sum(dim=1), new.square().sum(dim=1)) <= 1 / FEWEST_IMAGES
+            x0 = strength * ((new - old) @ images).reshape(x_t.shape)
+            # x_t stays where it is, so what x_0 gains the noise loses.
+            signal, noise = schedule.coefficients(timesteps, x0)
+            moved = schedule.target(x0, -signal / noise * x0, timesteps).to(predictions.dtype)
+            guided[rows, slot] = told
+            predictions[rows[told], slot] += moved[told]
+    return guided
 
 
 def _log_density(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:

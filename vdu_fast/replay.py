@@ -42,7 +42,8 @@ class ReplayBank:
         x_t: float [N, S, C, H, W], states on the way.
         timesteps: int64 [N, S], their schedule indices.
         predictions: float [N, S, C, H, W], what the old model predicted there.
-        made_from: fingerprint of the model, and the sampler's settings.
+        made_from: fingerprint of the model that it serves, of the one that drew it if that is another, and the
+            sampler's settings.
         likeness: float [N], how much an image looks like what must go; of one request, and not saved. None: unknown;
             -inf: never near.
     """
@@ -92,6 +93,11 @@ class ReplayBank:
         state = randint(self.x_t.shape[1], size, seed, step, stream=Stream.REPLAY_NOISE)
         return self.x_t[rows, state], self.timesteps[rows, state], self.predictions[rows, state]
 
+    def of_model(self, denoiser: Denoiser) -> ReplayBank:
+        """This bank for another model, which is to keep the same as the one that drew it."""
+        drawn_by = self.made_from.get("drawn_by", self.made_from["model"])
+        return replace(self, made_from=self.made_from | {"model": fingerprint(denoiser.module), "drawn_by": drawn_by})
+
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically."""
         tensors = {name: getattr(self, name) for name in ("images", "x_t", "timesteps", "predictions")}
@@ -110,7 +116,8 @@ class ReplayBank:
         if self.made_from["model"] != fingerprint(denoiser.module):
             raise InputError(
                 f"{path} was drawn from a model with other weights. A bank serves only the model it was made from: "
-                "name another file to have a new one made."
+                "name another file to have a new one made. What a request writes by next_bank serves the model that it "
+                "makes."
             )
 
 
@@ -119,12 +126,16 @@ def bank_bytes(sample_shape: tuple[int, ...], count: int, states: int) -> int:
     return 4 * count * (1 + 2 * states) * math.prod(sample_shape)
 
 
-def check_memory(sample_shape: tuple[int, ...], count: int, states: int, *, guided: bool = False) -> None:
+def check_memory(
+    sample_shape: tuple[int, ...], count: int, states: int, *, guided: bool = False, passed_on: bool = False
+) -> None:
     """InputError when a bank is larger than the memory that is free, a warning when filtering it may need more.
 
-    Filtering copies what it keeps, so that for a while there can be two; guiding has other predictions in hand as well.
+    Filtering copies what it keeps, so that for a while there can be two, and three where the next request is to have
+    one; guiding has other predictions in hand as well.
     """
-    needed, free, most = bank_bytes(sample_shape, count, states), available_memory(), 2.5 if guided else 2
+    needed, free = bank_bytes(sample_shape, count, states), available_memory()
+    most = 3 if passed_on else 2.5 if guided else 2
     if free is None or most * needed <= free:
         return
     text = (

@@ -34,7 +34,7 @@ from vdu_fast.filters import (
     classifier_filter,
     positive_unlabelled_filter,
 )
-from vdu_fast.guidance import guide
+from vdu_fast.guidance import bank_of_next, guide
 from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
 from vdu_fast.posterior import GaussianPosterior
@@ -136,6 +136,7 @@ def unlearn(
     config: UnlearnConfig | None = None,
     scheduler: Any = None,
     bank: ReplayBank | str | Path | None = None,
+    next_bank: str | Path | None = None,
     classifier: nn.Module | None = None,
     forget_label: int | None = None,
     retained_images: Tensor | None = None,
@@ -154,12 +155,14 @@ def unlearn(
         config: settings; None is the default recipe.
         scheduler: diffusers scheduler or NoiseSchedule, for a bare module only.
         bank: a replay bank of this model, or a file: read when it exists, otherwise written there. None makes one.
+        next_bank: file to write for the `bank` of the next request, on the model that this one makes. The next one then
+            keeps what the first model drew and predicted, and the losses of requests do not add up.
         classifier: for bank_filter "classifier": maps images [B, C, H, W] to logits [B, classes]. Never judge the
             result with the same classifier.
         forget_label: the class index that `classifier` gives to what must go.
         retained_images: only measured, for the history; never trained on.
         output: folder for the new pipeline, unlearn.json and, while it runs, the state for `resume`.
-        overwrite, resume: see `vdu_fast.checkpoint.prepare_output`.
+        overwrite, resume: see `vdu_fast.checkpoint.prepare_output`; without them a `next_bank` that exists is refused.
         observers: progress callbacks.
 
     Returns:
@@ -172,7 +175,9 @@ def unlearn(
     config = config or UnlearnConfig()
     job = check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
     if config.replay_weight > 0:
-        check_replay(job, bank, classifier, forget_label)
+        check_replay(job, bank, classifier, forget_label, passed_on=next_bank is not None)
+    if next_bank is not None:
+        check_next_bank(Path(next_bank), bank, config, replace=overwrite or resume)
     if output is not None:
         job.output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
         if not resume:
@@ -181,10 +186,12 @@ def unlearn(
         raise InputError("resume needs the output folder of the interrupted run.")
     report = used = None
     kept: ReplayBank | None = None
+    left: ReplayBank | None = None
     if config.replay_weight > 0:
         whole = obtain_bank(job, bank)
         used = whole.made_from | {"images": len(whole)}
-        kept, report = filter_bank(job, whole, classifier, forget_label)
+        kept, report, left = filter_bank(job, whole, classifier, forget_label, pass_on=next_bank is not None)
+        del whole
     run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
     try:
         reason = _drive(run, job, resume=resume)
@@ -196,6 +203,9 @@ def unlearn(
     result = UnlearnResult(
         model, run.step_number, step, reason, run.history, report, used, job.seconds, config, job.denoiser.execution
     )
+    if left is not None:
+        assert next_bank is not None
+        left.of_model(job.denoiser).save(next_bank)
     if job.output is not None:
         _write(result, job)
     return result
@@ -236,7 +246,12 @@ def check_inputs(
 
 
 def check_replay(
-    job: Job, bank: ReplayBank | str | Path | None, classifier: nn.Module | None, forget_label: int | None
+    job: Job,
+    bank: ReplayBank | str | Path | None,
+    classifier: nn.Module | None,
+    forget_label: int | None,
+    *,
+    passed_on: bool = False,
 ) -> None:
     """InputError when the bank cannot be made, kept or filtered: asked before the minutes that drawing it takes."""
     config = job.config
@@ -254,12 +269,30 @@ def check_replay(
                 f"--replay_sampler_steps {total} or less."
             )
         check_memory(
-            job.denoiser.sample_shape, config.replay_samples, config.replay_states, guided=config.replay_guidance > 0
+            job.denoiser.sample_shape,
+            config.replay_samples,
+            config.replay_states,
+            guided=config.replay_guidance > 0,
+            passed_on=passed_on,
         )
     if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
         raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
     if config.bank_filter == "positive_unlabelled":
         check_positive_unlabelled(job.denoiser, job.images, config.feature_module)
+
+
+def check_next_bank(path: Path, bank: ReplayBank | str | Path | None, config: UnlearnConfig, *, replace: bool) -> None:
+    """InputError when no bank can be passed on in this file."""
+    if config.replay_weight == 0:
+        raise InputError("--next_bank: without replay (--replay_weight 0) there is no bank to pass on; leave it out.")
+    if path.is_dir():
+        raise InputError(f"--next_bank {path} is a folder; name a .safetensors file in it.")
+    if isinstance(bank, str | Path) and Path(bank).resolve() == path.resolve():
+        raise InputError(
+            f"--next_bank {path} is --bank itself, which serves the model before this request; name another file."
+        )
+    if path.exists() and not replace:
+        raise InputError(f"--next_bank {path} is there already; name another file, or replace it with --overwrite.")
 
 
 @phase("bank")
@@ -291,9 +324,11 @@ def obtain_bank(job: Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
 
 @phase("filter")
 def filter_bank(
-    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None
-) -> tuple[ReplayBank, FilterReport]:
-    """The bank without what must go, but for noise that is guided elsewhere, and the filter's report.
+    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None, *, pass_on: bool = False
+) -> tuple[ReplayBank, FilterReport, ReplayBank | None]:
+    """What is replayed, the filter's report, and with `pass_on` what is left for the next request.
+
+    Replayed is the bank without what must go, but for noise that is guided elsewhere.
 
     Raises:
         InputError: too little is left for a batch, or nothing can be guided.
@@ -320,8 +355,9 @@ def filter_bank(
         replayed, report = guided.bank, replace(report, guided_states=guided.states, guided_dropped=guided.added)
     else:
         replayed = replayed.keep(found.keep)
+    left = bank_of_next(bank, found.keep, found.unwanted, job.denoiser.schedule) if pass_on else None
     job.seconds["filter"] = time.perf_counter() - began
-    return replayed, report
+    return replayed, report, left
 
 
 def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:

@@ -33,6 +33,8 @@ class UnlearnFiles:
             the training split is used.
         output: folder for the new pipeline and unlearn.json.
         bank: replay bank file; read when it exists, otherwise made and written there for the next request.
+        next_bank: file to write for --bank of the next request, on the model that this one makes: that keeps what the
+            first model drew, and what requests lose does not add up.
         filter_classifier: with --bank_filter classifier, the classifier's file (`vdu-fast evaluate --classifier` writes
             one; judge the result with another, from another --classifier_seed).
         forget_label: with --filter_classifier, name or number of the class that must go.
@@ -47,6 +49,7 @@ class UnlearnFiles:
     forget: str
     output: str
     bank: str | None = None
+    next_bank: str | None = None
     filter_classifier: str | None = None
     forget_label: str | None = None
     overwrite: bool = False
@@ -60,6 +63,7 @@ def build_parser() -> CommandParser:
     names = {
         "posterior": "FILE",
         "bank": "FILE",
+        "next_bank": "FILE",
         "filter_classifier": "FILE",
         "forget": "DATA",
         "forget_label": "CLASS",
@@ -90,6 +94,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
                 posterior=files.posterior,
                 config=config,
                 bank=files.bank,
+                next_bank=files.next_bank,
                 classifier=classifier,
                 forget_label=label,
                 output=files.output,
@@ -112,7 +117,8 @@ def warn_of_several_classes(images: ImageSet, display: ProgressDisplay) -> None:
     shown = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
     display.warn(
         f"--forget {images.name} holds the classes {shown}, and all of them will be forgotten. To forget one, name it "
-        f"after a colon: --forget {images.name}:{names[0]}"
+        f"after a colon: --forget {images.name}:{names[0]}. Several are forgotten better one after another, with "
+        "--next_bank."
     )
 
 
@@ -162,3 +168,5 @@ def _print_result(files: UnlearnFiles, result: UnlearnResult) -> None:
         f"  vdu-fast evaluate --before {files.model} --after {files.output} --data LABELLED_DATA --forget CLASS "
         "--output DIR"
     )
+    if files.next_bank is not None:
+        print(f"For the next request: --model {files.output} --bank {files.next_bank}")
