@@ -19,6 +19,8 @@ import torch
 from vdu_fast.benchmarks.cases.loop_options import OPTIONS
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.demo import run_demo
+from vdu_fast.records import decisive, without_off
+from vdu_fast.report import plain
 
 RESULTS = Path(__file__).parent / "results" / "loop_options.csv"
 SAMPLES = 1000
@@ -29,7 +31,8 @@ def measured(digit: int, changes: dict[str, Any], folder: Path) -> dict[str, Any
     config, path = UnlearnConfig(**changes), folder / "metrics.json"
     if path.is_file():
         metrics = json.loads(path.read_text())
-        if UnlearnConfig(**{k: v for k, v in metrics["settings"].items() if k != "evaluation"}) == config:
+        known = {name: value for name, value in metrics["settings"].items() if name != "evaluation"}
+        if without_off(UnlearnConfig, known) == plain(decisive(config)):
             return metrics
     return run_demo(folder, forget=digit, samples=SAMPLES, config=config)
 

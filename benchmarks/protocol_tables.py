@@ -147,29 +147,30 @@ def studies_markdown(studies: Mapping[str, Sequence[Record]], sequences: Sequenc
 
 
 def _sequence_text(sequences: Sequence[Mapping[str, Any]]) -> str:
-    names, rows = sequences[0]["classes"], []
-    by_way: dict[str, list[Mapping[str, Any]]] = {}
+    names = sequences[0]["classes"]
+    by_way: dict[str, list[list[Mapping[str, Any]]]] = {}
     for sequence in sequences:
-        by_way.setdefault(sequence["way"], []).append(sequence)
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for way, title in (("passed-on", "bank passed on"), ("new-banks", "new bank each")):
-        for done, name in enumerate(names):
-            lines[f"forget {name}, {title}" if done else f"forget {name}"] = [
-                sequence["requests"][done] for sequence in by_way.get(way, [])
-            ]
-    lines["all at once"] = [sequence["requests"][0] for sequence in by_way.get("at-once", [])]
-    for title, requests in lines.items():
-        if not requests:
-            continue
-        puls = [_cell([request["pul"].get(name) for request in requests], ".1f") for name in names]
-        ratio = _cell([request["u_fid"] / request["oracle"] for request in requests], ".2f")
-        rows.append([title, *puls, ratio])
-    head = ["request", *(f"PUL of {name}" for name in names), "u-FID / oracle"]
-    seeds = len({sequence["seed"] for sequence in sequences})
+        by_way.setdefault(sequence["way"], []).append(sequence["requests"])
+    passed_on, new_banks = by_way.get("passed-on", []), by_way.get("new-banks", [])
+    lines = [(f"forget {names[0]}", [requests[0] for requests in passed_on or new_banks])]
+    for title, runs in (("bank passed on", passed_on), ("a new bank", new_banks)):
+        lines += [(f"forget {names[i]}, {title}", [run[i] for run in runs]) for i in range(1, len(names))]
+    lines.append(("all at once", [requests[0] for requests in by_way.get("at-once", [])]))
+    rows = [
+        [
+            title,
+            *(_cell([request["pul"].get(name) for request in requests], ".1f") for name in names),
+            _cell([request["u_fid"] / request["oracle"] for request in requests], ".2f"),
+            str(len(requests)),
+        ]
+        for title, requests in lines
+        if requests
+    ]
+    head = ["request", *(f"PUL of {name}" for name in names), "u-FID / oracle", "seeds"]
     return (
-        "Requests in turn, each on the model that the last one left, with the bank that it passed on (`--next_bank`) "
-        "or with one drawn anew; and all at once from the original model, in as many steps together; mean ± standard "
-        f"error over {seeds} seeds:\n\n{table(head, rows)}"
+        "Requests in turn, each on the model that the last one left, with the bank that it passed on "
+        "(`--pass_on_bank`) or with one drawn anew; and all at once from the original model, in as many steps "
+        f"together; mean ± standard error over the seeds:\n\n{table(head, rows)}"
     )
 
 

@@ -26,7 +26,7 @@ from vdu_fast.pipelines import Denoiser
 from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.report import plain
 from vdu_fast.sampling import sample_images
-from vdu_fast.unlearner import unlearn
+from vdu_fast.unlearner import PASSED_ON, unlearn
 
 Way = Literal["passed-on", "new-banks", "at-once"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -65,8 +65,8 @@ def run(comparison: Comparison, sequence: Sequence) -> dict[str, Any]:
     settings = replace(comparison.settings_of("ours"), seed=sequence.seed, device=str(original.device))
     forget = [comparison.forget_of(label, sequence.seed) for label in labels]
 
-    def measured(images: Tensor, steps: int, gone: tuple[int, ...], **banks: Path | None) -> dict[str, Any]:
-        how = {"posterior": comparison.weights, "scheduler": original.scheduler}
+    def measured(images: Tensor, steps: int, gone: tuple[int, ...], **banks: Any) -> dict[str, Any]:
+        how: dict[str, Any] = {"posterior": comparison.weights, "scheduler": original.scheduler}
         unlearn(original.module, images, config=replace(settings, steps=steps), **how, **banks)
         return judge(original, gone)
 
@@ -75,11 +75,13 @@ def run(comparison: Comparison, sequence: Sequence) -> dict[str, Any]:
     else:
         requests = []
         with TemporaryDirectory() as folder:
-            bank: Path | None = None
+            banks: dict[str, Any] = {}
             for done, images in enumerate(forget, start=1):
-                left = Path(folder) / f"{done}.safetensors" if sequence.way == "passed-on" else None
-                requests.append(measured(images, settings.steps, labels[:done], bank=bank, next_bank=left))
-                bank = left
+                if sequence.way == "passed-on":
+                    banks |= {"output": Path(folder) / str(done), "pass_on_bank": True}
+                requests.append(measured(images, settings.steps, labels[:done], **banks))
+                if sequence.way == "passed-on":
+                    banks = {"bank": banks["output"] / PASSED_ON}
     about = {
         "key": key,
         "judge": fingerprint(comparison.classifier),

@@ -20,8 +20,8 @@ from scipy.stats import spearmanr
 from vdu_fast.benchmarks.ledger import STAMP, append, rows, stamp
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.evaluation import EvaluationConfig
+from vdu_fast.job import Observers, check_inputs
 from vdu_fast.sweeping import Point, Setting, Sweep, SweepConfig, choose
-from vdu_fast.unlearner import Observers, check_inputs
 from vdu_fast.unlearning_run import UnlearningRun
 
 RESULTS = Path(__file__).parent / "results" / "sweep_signals.csv"

@@ -18,8 +18,10 @@ import pytest
 from test_baselines import OURS, PRETRAIN, settings_of
 from test_comparison import shades
 
+from vdu_fast import request_bank
 from vdu_fast.baselines import METHOD_NAMES, get_method
 from vdu_fast.baselines.budget import evaluations_of_unlearn
+from vdu_fast.checkpoint import fingerprint
 from vdu_fast.comparison import Comparison
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
@@ -205,10 +207,32 @@ class TestProtocol:
         )
         assert all([list(request["pul"]) for request in sequence["requests"]] == [[name]] for sequence in sequences)
         assert "| all at once |" in text
+        assert f"| forget {name} |" in text
         assert "| 8 forget images | 2 |" in text
         assert f"| {name} |" in (tmp_path / "results" / "classes.md").read_text()
         for picture in ("tradeoff.png", "persistence.png", "studies.png"):
             assert (tmp_path / "results" / picture).read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(("way", "banks"), [("passed-on", 1), ("new-banks", 2), ("at-once", 1)])
+    def test_a_request_replays_what_the_last_one_passed_on(self, protocol, bench, monkeypatch, way, banks):
+        drawn, requests, build = [], [], request_bank.build_bank
+
+        def counted(*arguments, **options):
+            drawn.append(build(*arguments, **options))
+            return drawn[-1]
+
+        def judge(denoiser, gone):
+            requests.append(fingerprint(denoiser.module))
+            return {"gone": list(gone)}
+
+        monkeypatch.setattr(request_bank, "build_bank", counted)
+        monkeypatch.setattr(protocol.sequence, "_Judge", lambda comparison: judge)
+        record = protocol.sequence.run(bench.base, protocol.sequence.Sequence((1, 2), way, 0))
+        assert [request["gone"] for request in record["requests"]] == ([[1, 2]] if way == "at-once" else [[1], [1, 2]])
+        assert len(drawn) == banks
+        # A new one is drawn by the model of now.
+        models = [fingerprint(bench.base.original.module), *requests]
+        assert [bank.made_from["model"] for bank in drawn] == models[:banks]
 
     def test_settings_with_a_row_are_not_run_again(self, protocol, bench, tmp_path, monkeypatch):
         module = script("fashion_settings")

@@ -201,10 +201,10 @@ class TestCommands:
         before = contents(trained)
         bank = tmp_path / "bank.safetensors"
         arguments = ["--model", trained, "--posterior", posterior, "--forget", "digits:3", "--bank", bank]
-        left = tmp_path / "left.safetensors"
-        code, out, err = cli("unlearn", *arguments, "--output", unlearned, "--next_bank", left, *TINY_UNLEARN)
+        code, out, err = cli("unlearn", *arguments, "--output", unlearned, "--pass_on_bank", "true", *TINY_UNLEARN)
         assert code == 0, err
-        assert f"For the next request: --model {unlearned} --bank {left}" in out
+        left = unlearned / "passed-on" / "bank.safetensors"
+        assert f"For the next request on it: --model {unlearned} --bank {left}" in out
         assert "KL/weight" in err
         assert bank.is_file()
         assert f"vdu-fast evaluate --before {trained} --after {unlearned} --data LABELLED_DATA --forget CLASS" in out
@@ -552,7 +552,6 @@ class TestBadInput:
 
     def test_folder_where_a_file_is_meant_and_file_where_a_folder(self, refused, new, model, tmp_path):
         assert "is a folder" in refused(*new(bank=tmp_path))
-        assert "is a folder" in refused(*new(next_bank=tmp_path))
         flags = ["--before", model, "--after", model, "--data", "digits", "--forget", "3"]
         message = refused("evaluate", *flags, "--output", tmp_path / "new", "--classifier", tmp_path, *TINY_EVALUATE)
         assert "is a folder" in message

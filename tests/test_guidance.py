@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdu_fast import guidance
-from vdu_fast.guidance import bank_of_next, guide
+from vdu_fast.guidance import guide, passed_on
 from vdu_fast.replay import ReplayBank
 from vdu_fast.schedule import NoiseSchedule
 
@@ -179,8 +179,8 @@ def test_the_bank_itself_stays_as_it_was(bank, unwanted):
 def test_the_next_request_keeps_what_is_left_and_is_led_to_the_unwanted_no_more(bank, unwanted):
     before = bank.predictions.clone()
     # Not the first ones, so that what is looked up must be by number.
-    keep = KEEP.flip(0)
-    found = bank_of_next(bank, keep, unwanted.flip(0), EPSILON)
+    keep, unwanted = KEEP.flip(0), unwanted.flip(0)
+    found, states = passed_on(bank, keep, unwanted, EPSILON)
     assert len(found) == int(keep.sum())
     assert found.likeness is None
     for name in ("images", "x_t", "timesteps"):
@@ -188,15 +188,18 @@ def test_the_next_request_keeps_what_is_left_and_is_led_to_the_unwanted_no_more(
     moved = 0
     for row, number in enumerate(keep.nonzero().flatten().tolist()):
         for slot in range(STATES):
-            expected, images = by_the_rule(bank, unwanted.flip(0), EPSILON, number, slot, 1.0)
-            if images < 5:
-                expected = before[number, slot]
-            torch.testing.assert_close(found.predictions[row, slot], expected.float(), rtol=1e-5, atol=1e-6)
-            moved += not torch.equal(found.predictions[row, slot], before[number, slot])
-    assert len(found) <= moved < STATES * len(found)
+            expected, images = by_the_rule(bank, unwanted, EPSILON, number, slot, 1.0)
+            if images >= 5:
+                torch.testing.assert_close(found.predictions[row, slot], expected.float(), rtol=1e-5, atol=1e-6)
+                moved += 1
+            else:
+                assert torch.equal(found.predictions[row, slot], before[number, slot])
+    assert len(found) <= moved == states < STATES * len(found)
     assert torch.equal(bank.predictions, before)
 
 
-def test_images_too_far_apart_are_passed_on_as_they_were(bank):
-    found = bank_of_next(bank, KEEP, torch.ones(COUNT), EPSILON)
+def test_images_too_far_apart_are_passed_on_as_they_were(bank, unwanted):
+    apart = replace(bank, images=1000 * bank.images)
+    found, states = passed_on(apart, KEEP, unwanted, EPSILON)
+    assert states == 0
     assert torch.equal(found.predictions, bank.predictions[KEEP])

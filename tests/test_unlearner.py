@@ -21,10 +21,12 @@ from vdu_fast.checkpoint import StoppedAtOnce, fingerprint, load_tensors, save_t
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
+from vdu_fast.job import Observers
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.replay import ReplayBank, build_bank
-from vdu_fast.unlearner import BANK_FILE, STATE_FILE, Observers, UnlearnResult, unlearn
+from vdu_fast.request_bank import BANK_FILE
+from vdu_fast.unlearner import PASSED_ON, STATE_FILE, UnlearnResult, unlearn
 from vdu_fast.unlearning_run import UnlearningRun
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=50)
@@ -261,9 +263,9 @@ VARIANTS = [
 class Bright(nn.Module):
     """Two classes by how bright the picture is, without being sure."""
 
-    def __init__(self) -> None:
+    def __init__(self, sharpness: float = 1.0) -> None:
         super().__init__()
-        self.sharpness = nn.Parameter(torch.tensor(1.0))
+        self.sharpness = nn.Parameter(torch.tensor(sharpness))
 
     def forward(self, pictures: Tensor) -> Tensor:
         brightness = self.sharpness * pictures.mean(dim=(1, 2, 3))
@@ -284,7 +286,7 @@ def test_a_guided_bank_leads_elsewhere_and_says_so(images):
 
 
 def test_images_too_far_apart_to_guide_are_said_before_the_first_step(images):
-    says = r"replay_guidance 1\.0: the 40 replayed images lie too far apart.*Raise replay_samples, or leave it at 0"
+    says = r"replay_guidance 1\.0: the 40 replayed images lie too far apart.*Raise replay_samples .*, or leave it at 0"
     with pytest.raises(InputError, match=says):
         unlearn_tiny(images, **GUIDED | {"scheduler": SCHEDULER})
 
@@ -594,67 +596,106 @@ def test_a_bank_file_serves_later_requests_which_record_what_it_was_made_with(im
         assert any(str(path) in message for message in messages)
 
 
-class TestTheBankOfTheNextRequest:
-    SETTINGS: ClassVar[dict[str, Any]] = {"bank_filter": "classifier", "max_dropped": 0.4, "forget_label": 0}
+class TestABankThatIsPassedOn:
+    # A schedule of 50 timesteps leaves too little noise to lead elsewhere.
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "bank_filter": "classifier",
+        "classifier": Bright(20.0),
+        "forget_label": 0,
+        "max_dropped": 0.9,
+        "replay_samples": 100,
+        "scheduler": DDPMScheduler(num_train_timesteps=1000),
+        "pass_on_bank": True,
+    }
 
     def test_it_serves_the_model_that_was_made_and_holds_what_is_left(self, images, tmp_path):
-        first, second, third = (tmp_path / f"{number}.safetensors" for number in (1, 2, 3))
-        module, drawn, classifier = build_tiny(), [], Bright()
-        how = {"observers": Observers(on_sample=drawn.append), "classifier": classifier, **self.SETTINGS}
-        result = unlearn_tiny(images, module, bank=first, next_bank=second, **how)
-        made, original = ReplayBank.load(second), ReplayBank.load(first)
-        assert 0 < result.filter_report.dropped == 12 - len(made)
-        assert made.made_from == original.made_from | {
-            "model": fingerprint(module),
-            "drawn_by": fingerprint(build_tiny()),
-        }
-        rows = (made.images[:, None] == original.images).flatten(2).all(dim=2).nonzero()[:, 1]
-        assert len(rows) == len(made)
-        assert torch.equal(made.x_t, original.x_t[rows])
-        result = unlearn_tiny(images, module, bank=second, next_bank=str(third), **how | {"replay_batch_size": 3})
-        assert sum(drawn) == 12  # by the first model, and by no other
-        assert result.record()["bank"]["drawn_by"] == fingerprint(build_tiny()) != result.record()["bank"]["model"]
-        last = ReplayBank.load(third)
-        assert last.made_from == made.made_from | {"model": fingerprint(module)}
-        assert len(last) == len(made) - result.filter_report.dropped
-        # Neither serves another model than its own.
-        for path in (first, second):
-            with pytest.raises(InputError, match=r"other weights.*What a request writes by next_bank"):
-                unlearn_tiny(images, module, bank=path)
+        first, out, module, drawn, said = tmp_path / "1.safetensors", tmp_path / "out", build_tiny(), [], []
+        how = self.SETTINGS | {"observers": Observers(on_sample=drawn.append, on_message=said.append)}
+        result = unlearn_tiny(images, module, bank=first, output=out, **how)
+        original, left = ReplayBank.load(first), ReplayBank.load(out / PASSED_ON)
+        was, now = fingerprint(build_tiny()), fingerprint(module)
+        assert left.made_from == original.made_from | {"model": now, "drawn_by": was}
+        rows = (left.images[:, None] == original.images).flatten(2).all(dim=2).nonzero()[:, 1]
+        assert len(left) == len(rows) == 100 - result.filter_report.dropped < 100
+        assert torch.equal(left.x_t, original.x_t[rows])
+        moved = (left.predictions != original.predictions[rows]).flatten(2).any(dim=2).sum()
+        assert 0 < moved < left.timesteps.numel()
+        assert f"for the next request: {len(left)} images, {moved} of their states led elsewhere" in said
+        again = unlearn_tiny(images, module, bank=out / PASSED_ON, output=tmp_path / "both", **how)
+        assert sum(drawn) == 100  # by the first model, and by no other
+        assert again.record()["bank"] == left.made_from | {"images": len(left)}
+        last = ReplayBank.load(tmp_path / "both" / PASSED_ON)
+        assert last.made_from == left.made_from | {"model": fingerprint(module)}
+        assert len(last) == len(left) - again.filter_report.dropped
+        with pytest.raises(InputError, match="serves only the model that this request has made"):
+            unlearn_tiny(images, bank=left, **self.SETTINGS | {"pass_on_bank": False})
+
+    def test_it_serves_a_pipeline_that_comes_back_in_another_precision(self, images, tmp_path):
+        pipeline, out = build_pipeline(), tmp_path / "out"
+        pipeline.unet.to(torch.bfloat16)
+        how = {**self.SETTINGS, "scheduler": None, "replay_sampler_steps": 3}
+        unlearn_tiny(images, pipeline, posterior=random_posterior(pipeline.unet), output=out, **how)
+        back = load_pipeline(out)
+        assert back.unet.dtype == torch.float32
+        ReplayBank.load(out / PASSED_ON).check_fits(denoiser_of(back))
 
     def test_a_request_is_the_same_whether_it_passes_its_bank_on_or_not(self, images, tmp_path):
-        alone = unlearn_tiny(images)
-        passing = unlearn_tiny(images, next_bank=tmp_path / "next.safetensors")
+        alone = unlearn_tiny(images, **self.SETTINGS | {"pass_on_bank": False})
+        passing = unlearn_tiny(images, output=tmp_path / "out", **self.SETTINGS)
         assert torch.equal(weights(alone.model), weights(passing.model))
 
     def test_an_interrupted_request_passes_it_on_when_it_is_resumed(self, images, tmp_path):
-        out, whole, resumed = tmp_path / "out", tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
-        unlearn_tiny(images, next_bank=whole)
+        whole, out = tmp_path / "whole", tmp_path / "out"
+        unlearn_tiny(images, output=whole, **self.SETTINGS)
         with pytest.raises(KeyboardInterrupt):
-            unlearn_tiny(images, output=out, next_bank=resumed, observers=Observers(on_step=Interrupting(2)))
-        assert not resumed.exists()
-        unlearn_tiny(images, output=out, next_bank=resumed, resume=True)
-        assert resumed.read_bytes() == whole.read_bytes()
+            unlearn_tiny(images, output=out, observers=Observers(on_step=Interrupting(2)), **self.SETTINGS)
+        assert not (out / PASSED_ON).exists()
+        unlearn_tiny(images, output=out, resume=True, **self.SETTINGS)
+        resumed, expected = (ReplayBank.load(folder / PASSED_ON) for folder in (out, whole))
+        assert resumed.made_from == expected.made_from
+        assert torch.equal(resumed.predictions, expected.predictions)
+        assert not (out / "resume").exists()
+
+    def test_one_of_an_earlier_run_does_not_stay_beside_a_new_model(self, images, tmp_path):
+        unlearn_tiny(images, output=tmp_path, **self.SETTINGS)
+        unlearn_tiny(images, output=tmp_path, overwrite=True, **self.SETTINGS | {"pass_on_bank": False})
+        assert not (tmp_path / PASSED_ON).parent.exists()
 
     @pytest.mark.parametrize(
-        ("options", "says"),
+        ("settings", "says"),
         [
-            ({"next_bank": "."}, "next_bank . is a folder"),
-            ({"next_bank": "there", "bank": "there"}, "next_bank there is --bank itself"),
-            ({"next_bank": "there"}, "next_bank there is there already.*--overwrite"),
-            ({"next_bank": "new", "replay_weight": 0.0}, "without replay.*no bank to pass on"),
+            ({"scheduler": SCHEDULER}, "images of the bank that is passed on lie too far apart"),
+            ({"max_dropped": 0.02}, "images of the bank that is passed on may hold some of it"),
         ],
     )
-    def test_what_cannot_be_passed_on_is_refused_before_a_bank_is_drawn(
-        self, images, tmp_path, monkeypatch, options, says
-    ):
-        monkeypatch.chdir(tmp_path)
-        Path("there").write_text("something else")
-        drawn = []
+    def test_it_is_said_where_the_next_request_may_bring_it_back(self, images, tmp_path, caplog, settings, says):
+        unlearn_tiny(images, output=tmp_path, **self.SETTINGS)
+        assert caplog.text == ""
+        unlearn_tiny(images, output=tmp_path, overwrite=True, **self.SETTINGS | settings)
+        assert says in caplog.text
+
+    @pytest.mark.parametrize(
+        ("settings", "says"),
+        [
+            ({"output": None}, "needs an output folder"),
+            ({"replay_weight": 0.0}, "without replay.*no bank to pass on"),
+            ({"bank_filter": "none"}, "still holds what this request forgets"),
+        ],
+    )
+    def test_what_cannot_be_passed_on_is_refused_before_a_bank_is_drawn(self, images, tmp_path, settings, says):
+        drawn, out = [], tmp_path / "out"
+        observers = Observers(on_sample=drawn.append)
         with pytest.raises(InputError, match=says):
-            unlearn_tiny(images, observers=Observers(on_sample=drawn.append), **options)
+            unlearn_tiny(images, **{"output": out, "observers": observers} | self.SETTINGS | settings)
         assert drawn == []
-        assert Path("there").read_text() == "something else"
+        assert not out.exists()
+
+    def test_weights_from_before_it_are_refused(self, images, tmp_path):
+        module = build_tiny()
+        unlearn_tiny(images, module, output=tmp_path / "out", **self.SETTINGS)
+        bank = tmp_path / "out" / PASSED_ON
+        with pytest.raises(InputError, match="center 'posterior' starts from the weights before it"):
+            unlearn_tiny(images, module, bank=bank, center="posterior", **self.SETTINGS | {"pass_on_bank": False})
 
 
 def test_overwriting_draws_a_bank_of_its_own(images, tmp_path):

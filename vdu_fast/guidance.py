@@ -79,7 +79,7 @@ def guide(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSched
     return GuidedBank(used, int(guided.sum()), int((use & ~keep).sum()))
 
 
-def bank_of_next(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule) -> ReplayBank:
+def passed_on(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: NoiseSchedule) -> tuple[ReplayBank, int]:
     """What a request leaves for the next one: what is kept, with predictions that lead to the unwanted no more.
 
     The next request pushes nothing away of what this one did: left as they were, the predictions would bring it back.
@@ -88,10 +88,13 @@ def bank_of_next(bank: ReplayBank, keep: Tensor, unwanted: Tensor, schedule: Noi
 
     Args:
         bank, keep, unwanted, schedule: as for `guide`.
+
+    Returns:
+        The bank, and how many of its states are led elsewhere.
     """
-    left = replace(bank.keep(keep), likeness=None)
-    _lead_elsewhere(left.predictions, bank, keep.nonzero().squeeze(1), unwanted, schedule, strength=1.0)
-    return left
+    rest = replace(bank.keep(keep), likeness=None)
+    guided = _lead_elsewhere(rest.predictions, bank, keep.nonzero().squeeze(1), unwanted, schedule, strength=1.0)
+    return rest, int(guided.sum())
 
 
 def _lead_elsewhere(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.unlearner import Observers
+from vdu_fast.job import Observers
 
 # What a training record may hold, in the order of display.
 _SHOWN = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ def decisive(settings: Any) -> dict[str, Any]:
     A field that came later is left out at the value at which nothing is as if it were not there, its metadata's "off":
     what was made before it stands.
     """
-    off = {item.name: item.metadata["off"] for item in fields(settings) if "off" in item.metadata}
-    return {name: value for name, value in asdict(settings).items() if name not in off or value != off[name]}
+    return without_off(type(settings), asdict(settings))
+
+
+def without_off(of: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the settings `of` some dataclass, without those fields that came later and are off."""
+    off = {item.name: item.metadata["off"] for item in fields(of) if "off" in item.metadata}
+    return {name: value for name, value in values.items() if name not in off or value != off[name]}
 
 
 def read_record(path: Path, key: str) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdu_fast.checkpoint import fingerprint, load_tensors, save_tensors
+from vdu_fast.checkpoint import fingerprint_tensors, load_tensors, save_tensors
 from vdu_fast.errors import InputError
 from vdu_fast.memory import available_memory
 from vdu_fast.pipelines import Denoiser
@@ -93,10 +93,15 @@ class ReplayBank:
         state = randint(self.x_t.shape[1], size, seed, step, stream=Stream.REPLAY_NOISE)
         return self.x_t[rows, state], self.timesteps[rows, state], self.predictions[rows, state]
 
+    @property
+    def passed_on(self) -> bool:
+        """Whether it serves another model than the one that drew it."""
+        return "drawn_by" in self.made_from
+
     def of_model(self, denoiser: Denoiser) -> ReplayBank:
         """This bank for another model, which is to keep the same as the one that drew it."""
         drawn_by = self.made_from.get("drawn_by", self.made_from["model"])
-        return replace(self, made_from=self.made_from | {"model": fingerprint(denoiser.module), "drawn_by": drawn_by})
+        return replace(self, made_from=self.made_from | {"model": _weights(denoiser), "drawn_by": drawn_by})
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically."""
@@ -112,13 +117,24 @@ class ReplayBank:
         return cls(**tensors, made_from=json.loads(metadata["made_from"]))
 
     def check_fits(self, denoiser: Denoiser, path: Path | str = "the bank") -> None:
-        """InputError unless this bank was drawn from exactly this model."""
-        if self.made_from["model"] != fingerprint(denoiser.module):
+        """InputError unless this bank was drawn from exactly this model, or passed on to it."""
+        if self.made_from["model"] == _weights(denoiser):
+            return
+        if self.passed_on:
             raise InputError(
-                f"{path} was drawn from a model with other weights. A bank serves only the model it was made from: "
-                "name another file to have a new one made. What a request writes by next_bank serves the model that it "
-                "makes."
+                f"{path} was passed on by a request, and serves only the model that this request has made: give that "
+                "model, or name another file to have a new bank made."
             )
+        raise InputError(
+            f"{path} was drawn from a model with other weights. A bank serves only the model it was made from: "
+            "name another file to have a new one made."
+        )
+
+
+def _weights(denoiser: Denoiser) -> str:
+    """Fingerprint of a model, which is the same when it comes back from the disk in float32."""
+    state = denoiser.module.state_dict()
+    return fingerprint_tensors({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
 def bank_bytes(sample_shape: tuple[int, ...], count: int, states: int) -> int:
@@ -126,16 +142,12 @@ def bank_bytes(sample_shape: tuple[int, ...], count: int, states: int) -> int:
     return 4 * count * (1 + 2 * states) * math.prod(sample_shape)
 
 
-def check_memory(
-    sample_shape: tuple[int, ...], count: int, states: int, *, guided: bool = False, passed_on: bool = False
-) -> None:
+def check_memory(sample_shape: tuple[int, ...], count: int, states: int, *, guided: bool = False) -> None:
     """InputError when a bank is larger than the memory that is free, a warning when filtering it may need more.
 
-    Filtering copies what it keeps, so that for a while there can be two, and three where the next request is to have
-    one; guiding has other predictions in hand as well.
+    Filtering copies what it keeps, so that for a while there can be two; guiding has other predictions in hand as well.
     """
-    needed, free = bank_bytes(sample_shape, count, states), available_memory()
-    most = 3 if passed_on else 2.5 if guided else 2
+    needed, free, most = bank_bytes(sample_shape, count, states), available_memory(), 2.5 if guided else 2
     if free is None or most * needed <= free:
         return
     text = (
@@ -198,7 +210,7 @@ def build_bank(
         progress=progress,
     )
     made_from = {
-        "model": fingerprint(denoiser.module),
+        "model": _weights(denoiser),
         "sampler_steps": str(sampler_steps),
         "states": str(states),
         "seed": str(seed),

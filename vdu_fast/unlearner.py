@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vdu_fast.checkpoint import (
@@ -24,32 +21,24 @@ from vdu_fast.checkpoint import (
     write_json_atomic,
 )
 from vdu_fast.config import UnlearnConfig
-from vdu_fast.data import ImageSet, check_fits
+from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.execution import Execution
-from vdu_fast.filters import (
-    Filtered,
-    FilterReport,
-    check_positive_unlabelled,
-    classifier_filter,
-    positive_unlabelled_filter,
-)
-from vdu_fast.guidance import bank_of_next, guide
+from vdu_fast.filters import FilterReport
+from vdu_fast.job import Job, Observers, check_inputs
 from vdu_fast.phases import phase
-from vdu_fast.pipelines import Denoiser, denoiser_of, pick_device, save_pipeline
+from vdu_fast.pipelines import save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.records import decisive
-from vdu_fast.replay import ReplayBank, build_bank, check_memory
-from vdu_fast.unlearning_run import UnlearningRun, check_run
-
-logger = logging.getLogger(__name__)
+from vdu_fast.replay import ReplayBank
+from vdu_fast.request_bank import check_replay, filter_bank, obtain_bank
+from vdu_fast.unlearning_run import UnlearningRun
 
 STATE_FILE = "resume/unlearn.safetensors"
-BANK_FILE = "resume/bank.safetensors"
 LAST_GOOD = "last-good"
-
-OnStep = Callable[[dict[str, Any]], None]
-OnSample = Callable[[int], None]
+# Both in the output folder: while the request runs, and for the next one when it is done.
+LEFT_FILE = "resume/left.safetensors"
+PASSED_ON = "passed-on/bank.safetensors"
 
 
 @dataclass
@@ -94,40 +83,6 @@ class UnlearnResult:
         }
 
 
-@dataclass
-class Observers:
-    """Callbacks of a run; each may be None.
-
-    Attributes:
-        on_step: called after each step with its record and `images_per_second`.
-        on_sample: called with the number of new replay trajectories.
-        on_message: called with one line about what was decided.
-    """
-
-    on_step: OnStep | None = None
-    on_sample: OnSample | None = None
-    on_message: Callable[[str], None] | None = None
-
-    def say(self, message: str) -> None:
-        logger.info(message)
-        if self.on_message is not None:
-            self.on_message(message)
-
-
-@dataclass
-class Job:
-    """The checked inputs of one call."""
-
-    model: Any
-    denoiser: Denoiser
-    images: Tensor
-    posterior: GaussianPosterior
-    config: UnlearnConfig
-    observers: Observers
-    output: Path | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def unlearn(
     model: Any,
     forget_images: Tensor | ImageSet,
@@ -136,7 +91,7 @@ def unlearn(
     config: UnlearnConfig | None = None,
     scheduler: Any = None,
     bank: ReplayBank | str | Path | None = None,
-    next_bank: str | Path | None = None,
+    pass_on_bank: bool = False,
     classifier: nn.Module | None = None,
     forget_label: int | None = None,
     retained_images: Tensor | None = None,
@@ -155,14 +110,15 @@ def unlearn(
         config: settings; None is the default recipe.
         scheduler: diffusers scheduler or NoiseSchedule, for a bare module only.
         bank: a replay bank of this model, or a file: read when it exists, otherwise written there. None makes one.
-        next_bank: file to write for the `bank` of the next request, on the model that this one makes. The next one then
-            keeps what the first model drew and predicted, and the losses of requests do not add up.
+        pass_on_bank: leave what the filter leaves of the bank in passed-on/bank.safetensors of `output`, as the `bank`
+            of the next request on the model that is there then: that one keeps what the first model drew, not what is
+            left of it, and loses less.
         classifier: for bank_filter "classifier": maps images [B, C, H, W] to logits [B, classes]. Never judge the
             result with the same classifier.
         forget_label: the class index that `classifier` gives to what must go.
         retained_images: only measured, for the history; never trained on.
         output: folder for the new pipeline, unlearn.json and, while it runs, the state for `resume`.
-        overwrite, resume: see `vdu_fast.checkpoint.prepare_output`; without them a `next_bank` that exists is refused.
+        overwrite, resume: see `vdu_fast.checkpoint.prepare_output`.
         observers: progress callbacks.
 
     Returns:
@@ -175,9 +131,9 @@ def unlearn(
     config = config or UnlearnConfig()
     job = check_inputs(model, forget_images, posterior, config, scheduler, observers or Observers())
     if config.replay_weight > 0:
-        check_replay(job, bank, classifier, forget_label, passed_on=next_bank is not None)
-    if next_bank is not None:
-        check_next_bank(Path(next_bank), bank, config, replace=overwrite or resume)
+        check_replay(job, bank, classifier, forget_label)
+    if pass_on_bank:
+        _check_pass_on(config, output)
     if output is not None:
         job.output = prepare_output(output, overwrite=overwrite, resume=resume, owned=STATE_FILE)
         if not resume:
@@ -186,11 +142,11 @@ def unlearn(
         raise InputError("resume needs the output folder of the interrupted run.")
     report = used = None
     kept: ReplayBank | None = None
-    left: ReplayBank | None = None
     if config.replay_weight > 0:
         whole = obtain_bank(job, bank)
         used = whole.made_from | {"images": len(whole)}
-        kept, report, left = filter_bank(job, whole, classifier, forget_label, pass_on=next_bank is not None)
+        left = job.output / LEFT_FILE if job.output is not None and pass_on_bank else None
+        kept, report = filter_bank(job, whole, classifier, forget_label, left=left)
         del whole
     run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
     try:
@@ -203,178 +159,22 @@ def unlearn(
     result = UnlearnResult(
         model, run.step_number, step, reason, run.history, report, used, job.seconds, config, job.denoiser.execution
     )
-    if left is not None:
-        assert next_bank is not None
-        left.of_model(job.denoiser).save(next_bank)
     if job.output is not None:
-        _write(result, job)
+        _write(result, job, pass_on_bank=pass_on_bank)
     return result
 
 
-def check_inputs(
-    model: Any,
-    forget_images: Tensor | ImageSet,
-    posterior: GaussianPosterior | str | Path,
-    config: UnlearnConfig,
-    scheduler: Any,
-    observers: Observers,
-) -> Job:
-    images = forget_images.images if isinstance(forget_images, ImageSet) else forget_images
-    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"forget_images must be a float tensor [N, C, H, W] with N >= 1, got {shape}.")
-    if not images.isfinite().all() or images.abs().max() > 1.001:
-        raise InputError("forget_images must lie in [-1, 1]; scale 8-bit images by x / 127.5 - 1.")
-    if isinstance(model, nn.Module):
-        if scheduler is None:
-            raise InputError("a bare module needs scheduler=..., the diffusers scheduler it was trained with.")
-        denoiser = Denoiser(model, scheduler, tuple(images.shape[1:]))  # type: ignore[arg-type]
-    else:
-        denoiser = denoiser_of(model)
-    channels, height, width = denoiser.sample_shape
-    named = forget_images if isinstance(forget_images, ImageSet) else ImageSet(images, None, (), "forget_images")
-    check_fits(named, sample_size=(height, width), channels=channels, argument="forget")
-    if not isinstance(posterior, GaussianPosterior):
-        posterior = GaussianPosterior.load(posterior)
-    check_run(denoiser, posterior, config)
-    for name, parameter in denoiser.module.named_parameters():
-        if not parameter.isfinite().all():
-            raise InputError(f"the model's {name} holds NaN or infinity; give an intact model.")
-    denoiser.module.to(pick_device(config.device, denoiser.module))
-    denoiser.execution = config.execution
-    return Job(model, denoiser, images.float(), posterior, config, observers, None)
-
-
-def check_replay(
-    job: Job,
-    bank: ReplayBank | str | Path | None,
-    classifier: nn.Module | None,
-    forget_label: int | None,
-    *,
-    passed_on: bool = False,
-) -> None:
-    """InputError when the bank cannot be made, kept or filtered: asked before the minutes that drawing it takes."""
-    config = job.config
-    if isinstance(bank, str | Path) and Path(bank).is_dir():
-        raise InputError(f"--bank {bank} is a folder; name a .safetensors file in it.")
-    if bank is None and config.replay_samples < config.replay_batch_size:
-        raise InputError(
-            f"replay_samples {config.replay_samples} is fewer than replay_batch_size {config.replay_batch_size}. "
-            "Raise the one or lower the other."
-        )
-    if bank is None or not (isinstance(bank, ReplayBank) or Path(bank).is_file()):
-        if config.replay_sampler_steps > (total := len(job.denoiser.schedule)):
-            raise InputError(
-                f"replay_sampler_steps {config.replay_sampler_steps} is more than the model's {total} timesteps; pass "
-                f"--replay_sampler_steps {total} or less."
-            )
-        check_memory(
-            job.denoiser.sample_shape,
-            config.replay_samples,
-            config.replay_states,
-            guided=config.replay_guidance > 0,
-            passed_on=passed_on,
-        )
-    if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
-        raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
-    if config.bank_filter == "positive_unlabelled":
-        check_positive_unlabelled(job.denoiser, job.images, config.feature_module)
-
-
-def check_next_bank(path: Path, bank: ReplayBank | str | Path | None, config: UnlearnConfig, *, replace: bool) -> None:
-    """InputError when no bank can be passed on in this file."""
+def _check_pass_on(config: UnlearnConfig, output: Path | str | None) -> None:
+    """InputError when there is nothing to pass on, or nowhere to leave it."""
+    if output is None:
+        raise InputError("pass_on_bank needs an output folder, where the bank is left for the next request.")
     if config.replay_weight == 0:
-        raise InputError("--next_bank: without replay (--replay_weight 0) there is no bank to pass on; leave it out.")
-    if path.is_dir():
-        raise InputError(f"--next_bank {path} is a folder; name a .safetensors file in it.")
-    if isinstance(bank, str | Path) and Path(bank).resolve() == path.resolve():
+        raise InputError("pass_on_bank: without replay (replay_weight 0) there is no bank to pass on; leave it out.")
+    if config.bank_filter == "none":
         raise InputError(
-            f"--next_bank {path} is --bank itself, which serves the model before this request; name another file."
+            "pass_on_bank: a bank that nothing filters (bank_filter 'none') still holds what this request forgets, and "
+            "the next one would teach it again. Use another bank_filter, or leave it out."
         )
-    if path.exists() and not replace:
-        raise InputError(f"--next_bank {path} is there already; name another file, or replace it with --overwrite.")
-
-
-@phase("bank")
-def obtain_bank(job: Job, bank: ReplayBank | str | Path | None) -> ReplayBank:
-    if isinstance(bank, ReplayBank):
-        bank.check_fits(job.denoiser, "bank")
-        return bank
-    config, began = job.config, time.perf_counter()
-    how = {"sampler_steps": config.replay_sampler_steps, "states": config.replay_states, "seed": config.seed}
-    path = Path(bank) if bank is not None else job.output / BANK_FILE if job.output is not None else None
-    if path is not None and path.is_file():
-        existing = ReplayBank.load(path)
-        existing.check_fits(job.denoiser, f"--bank {path}")
-        job.observers.say(f"using the replay bank in {path}: {len(existing)} images, {existing.made_from}")
-        return existing
-    job.observers.say(f"drawing {config.replay_samples} images from the model for the replay bank")
-    made = build_bank(
-        job.denoiser,
-        config.replay_samples,
-        batch_size=config.inference_batch_size,
-        progress=job.observers.on_sample,
-        **how,
-    )
-    job.seconds["bank"] = time.perf_counter() - began
-    if path is not None:
-        made.save(path)
-    return made
-
-
-@phase("filter")
-def filter_bank(
-    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None, *, pass_on: bool = False
-) -> tuple[ReplayBank, FilterReport, ReplayBank | None]:
-    """What is replayed, the filter's report, and with `pass_on` what is left for the next request.
-
-    Replayed is the bank without what must go, but for noise that is guided elsewhere.
-
-    Raises:
-        InputError: too little is left for a batch, or nothing can be guided.
-    """
-    config, began = job.config, time.perf_counter()
-    found = filtered(job, bank, classifier, forget_label)
-    kept = int(found.keep.sum())
-    job.observers.say(found.report.describe())
-    if kept < config.replay_batch_size:
-        raise InputError(
-            f"the filter left {kept} of {len(bank)} replayed images, fewer than replay_batch_size "
-            f"{config.replay_batch_size}. Raise replay_samples, or lower max_dropped or replay_batch_size."
-        )
-    replayed = replace(bank, likeness=found.likeness)
-    report = found.report
-    if config.replay_guidance > 0:
-        guided = guide(replayed, found.keep, found.unwanted, job.denoiser.schedule, strength=config.replay_guidance)
-        if guided.states == 0:
-            raise InputError(
-                f"replay_guidance {config.replay_guidance}: the {len(bank)} replayed images lie too far apart to say "
-                "of any state what it would become without the unwanted. Raise replay_samples, or leave it at 0."
-            )
-        job.observers.say(guided.describe())
-        replayed, report = guided.bank, replace(report, guided_states=guided.states, guided_dropped=guided.added)
-    else:
-        replayed = replayed.keep(found.keep)
-    left = bank_of_next(bank, found.keep, found.unwanted, job.denoiser.schedule) if pass_on else None
-    job.seconds["filter"] = time.perf_counter() - began
-    return replayed, report, left
-
-
-def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:
-    """What the filter of the settings says of a bank."""
-    config = job.config
-    how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
-    if config.bank_filter == "classifier":
-        assert classifier is not None
-        assert forget_label is not None
-        return classifier_filter(bank.images, classifier, forget_label, **how)
-    if config.bank_filter == "positive_unlabelled":
-        return positive_unlabelled_filter(
-            job.denoiser, bank.images, job.images, feature_module=config.feature_module, **how
-        )
-    return Filtered(
-        torch.ones(len(bank), dtype=torch.bool), None, torch.zeros(len(bank)), FilterReport("none", len(bank), 0)
-    )
 
 
 def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:
@@ -445,13 +245,16 @@ def _identity(run: UnlearningRun, job: Job) -> str:
 
 
 @phase("save")
-def _write(result: UnlearnResult, job: Job) -> None:
+def _write(result: UnlearnResult, job: Job, *, pass_on_bank: bool) -> None:
     assert job.output is not None
     _write_model(job, job.output)
+    if pass_on_bank:
+        ReplayBank.load(job.output / LEFT_FILE).of_model(job.denoiser).save(job.output / PASSED_ON)
     record = result.record() | {"weights": fingerprint(job.denoiser.module), "forget_images": len(job.images)}
     write_json_atomic(job.output / "unlearn.json", record)
-    for stale in ("resume", LAST_GOOD):
-        shutil.rmtree(job.output / stale, ignore_errors=True)
+    stale = ["resume", LAST_GOOD] + [str(Path(PASSED_ON).parent)] * (not pass_on_bank)
+    for name in stale:
+        shutil.rmtree(job.output / name, ignore_errors=True)
 
 
 def _write_model(job: Job, folder: Path) -> None:

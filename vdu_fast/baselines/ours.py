@@ -9,7 +9,8 @@ from vdu_fast.baselines.budget import evaluations_of_unlearn
 from vdu_fast.baselines.method import Method, MethodRun
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
-from vdu_fast.unlearner import Observers, unlearn
+from vdu_fast.job import Observers
+from vdu_fast.unlearner import unlearn
 
 
 def unlearn_within(run: MethodRun, config: UnlearnConfig) -> dict[str, Any]:

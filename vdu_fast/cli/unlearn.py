@@ -18,7 +18,7 @@ from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import load_pipeline
 from vdu_fast.progress import ProgressDisplay, unlearning_observers
-from vdu_fast.unlearner import STATE_FILE, UnlearnResult, unlearn
+from vdu_fast.unlearner import PASSED_ON, STATE_FILE, UnlearnResult, unlearn
 
 
 @dataclass
@@ -32,9 +32,10 @@ class UnlearnFiles:
             or an .npz, the last three with ":CLASS" at the end: without it every class in them goes. Of labelled data
             the training split is used.
         output: folder for the new pipeline and unlearn.json.
-        bank: replay bank file; read when it exists, otherwise made and written there for the next request.
-        next_bank: file to write for --bank of the next request, on the model that this one makes: that keeps what the
-            first model drew, and what requests lose does not add up.
+        bank: replay bank file; read when it exists, otherwise made and written there for other
+            requests on the same model.
+        pass_on_bank: leave what the filter leaves of the bank in passed-on/bank.safetensors of --output, as --bank of
+            the next request on the model that is there then: it keeps what the first model drew, and loses less.
         filter_classifier: with --bank_filter classifier, the classifier's file (`vdu-fast evaluate --classifier` writes
             one; judge the result with another, from another --classifier_seed).
         forget_label: with --filter_classifier, name or number of the class that must go.
@@ -49,7 +50,7 @@ class UnlearnFiles:
     forget: str
     output: str
     bank: str | None = None
-    next_bank: str | None = None
+    pass_on_bank: bool = False
     filter_classifier: str | None = None
     forget_label: str | None = None
     overwrite: bool = False
@@ -63,7 +64,6 @@ def build_parser() -> CommandParser:
     names = {
         "posterior": "FILE",
         "bank": "FILE",
-        "next_bank": "FILE",
         "filter_classifier": "FILE",
         "forget": "DATA",
         "forget_label": "CLASS",
@@ -94,7 +94,7 @@ def run(arguments: Namespace, command: list[str]) -> int:
                 posterior=files.posterior,
                 config=config,
                 bank=files.bank,
-                next_bank=files.next_bank,
+                pass_on_bank=files.pass_on_bank,
                 classifier=classifier,
                 forget_label=label,
                 output=files.output,
@@ -117,8 +117,8 @@ def warn_of_several_classes(images: ImageSet, display: ProgressDisplay) -> None:
     shown = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
     display.warn(
         f"--forget {images.name} holds the classes {shown}, and all of them will be forgotten. To forget one, name it "
-        f"after a colon: --forget {images.name}:{names[0]}. Several are forgotten better one after another, with "
-        "--next_bank."
+        f"after a colon: --forget {images.name}:{names[0]}. To forget several, one after another with "
+        "--pass_on_bank can do better."
     )
 
 
@@ -168,5 +168,5 @@ def _print_result(files: UnlearnFiles, result: UnlearnResult) -> None:
         f"  vdu-fast evaluate --before {files.model} --after {files.output} --data LABELLED_DATA --forget CLASS "
         "--output DIR"
     )
-    if files.next_bank is not None:
-        print(f"For the next request: --model {files.output} --bank {files.next_bank}")
+    if files.pass_on_bank:
+        print(f"For the next request on it: --model {files.output} --bank {Path(files.output) / PASSED_ON}")

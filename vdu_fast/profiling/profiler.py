@@ -20,6 +20,7 @@ from vdu_fast.checkpoint import save_tensors
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
+from vdu_fast.job import Observers, check_inputs
 from vdu_fast.machine import METERED, AcceleratorMeter, cores, device_name, has_bfloat16
 from vdu_fast.phases import PhaseCost, PhaseRecorder
 from vdu_fast.pipelines import denoiser_of
@@ -39,7 +40,7 @@ from vdu_fast.profiling.record import PhaseRow, Profile, RunPart, duration
 from vdu_fast.profiling.replay_costs import ReplayCosts
 from vdu_fast.profiling.tracing import chrome_trace, memory_of_phases
 from vdu_fast.replay import ReplayBank
-from vdu_fast.unlearner import Observers, check_inputs, check_replay
+from vdu_fast.request_bank import check_replay
 from vdu_fast.unlearning_run import UnlearningRun
 
 # Of the phases, as they follow one another in a step.

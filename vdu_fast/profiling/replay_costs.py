@@ -12,10 +12,11 @@ from torch import nn
 
 from vdu_fast.filters import examples
 from vdu_fast.guidance import guide
+from vdu_fast.job import Job
 from vdu_fast.profiling.measuring import Report, timed
 from vdu_fast.profiling.record import RunPart
 from vdu_fast.replay import ReplayBank, bank_bytes, build_bank
-from vdu_fast.unlearner import Job, filtered, obtain_bank
+from vdu_fast.request_bank import filtered, obtain_bank
 
 # Batches, and sampler steps of each, of the bank that is drawn to learn what a whole one takes.
 BATCHES, STEPS = 2, 3

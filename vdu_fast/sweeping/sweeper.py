@@ -22,16 +22,17 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.filters import check_positive_unlabelled
+from vdu_fast.job import Job, Observers, check_inputs
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.replay import ReplayBank
+from vdu_fast.request_bank import check_replay, filter_bank, obtain_bank
 from vdu_fast.rng import Stream
 from vdu_fast.sampling import sample_images, sampler_for
 from vdu_fast.sweeping.choice import choose
 from vdu_fast.sweeping.grid import SWEPT, Point, Setting, SweepConfig, check_base
 from vdu_fast.sweeping.signals import ORIGINAL_SAMPLES, Signals
-from vdu_fast.unlearner import Job, Observers, check_inputs, check_replay, filter_bank, obtain_bank
 from vdu_fast.unlearning_run import UnlearningRun
 
 logger = logging.getLogger(__name__)
