@@ -155,6 +155,7 @@ class TestProtocol:
             classes=(0,),
             shared_classes=(0,),
             seeds=2,
+            retrain_seeds=1,
             persistent=("ours",),
             pretraining=PRETRAIN,
             forget_counts=(8,),
@@ -191,7 +192,9 @@ class TestProtocol:
         again.base = replace(bench.base)
         assert plain(everything(again)) == plain((persistent, records, studies, sequences))
         assert made == []
-        assert len(records) == 2 * 3
+        assert [(record["method"], record["seed"]) for record in records] == [
+            ("ours", 0), ("neg_grad", 0), ("retrain", 0), ("ours", 1), ("neg_grad", 1)
+        ]  # fmt: skip
         assert set(studies) == {"8 forget images", "2 checkpoints", "4 checkpoints", "1 checkpoint, Fisher"}
         assert {record["forget_images"] for record in studies["8 forget images"]} == {8}
         protocol.write_results(tmp_path / "results", bench.protocol, records, persistent, studies, sequences)
