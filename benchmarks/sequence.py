@@ -99,10 +99,11 @@ class _Judge:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, config = comparison, comparison.config
-        how = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
-        self.how: dict[str, Any] = how
+        self.how: dict[str, Any] = {
+            "steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size
+        }  # fmt: skip
         # The oracle loses three classes in ten, and needs as many samples as the models have.
-        before = sample_images(comparison.original, 2 * config.samples, **how)
+        before = comparison.draw_original(2 * config.samples, comparison.output / "sequences")
         self.features, self.labels = comparison.classifier.embed_and_classify(before)
 
     def __call__(self, denoiser: Denoiser, gone: tuple[int, ...]) -> dict[str, Any]:
@@ -125,6 +126,8 @@ class _Judge:
 
 def run_all(comparison: Comparison, sequences: list[Sequence], processes: int) -> list[dict[str, Any]]:
     """Several sequences at a time, each in a process of one thread."""
+    if any(read_record(one.path(comparison), one.key(comparison)) is None for one in sequences):
+        _Judge(comparison)  # draws the original's samples once, and not in every process
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         return list(pool.map(_run_on_one_thread, [replace(comparison)] * len(sequences), sequences))
 

@@ -191,9 +191,13 @@ class Comparison:
     @cached_property
     def original_samples(self) -> Tensor:
         """What the original model draws, from the output folder when it is there."""
-        config, count = self.config, int(_SPARE_SAMPLES * self.config.samples)
+        return self.draw_original(int(_SPARE_SAMPLES * self.config.samples), self._shared)
+
+    def draw_original(self, count: int, folder: Path) -> Tensor:
+        """So many samples of the original model, from a file in the folder when it is there."""
+        config = self.config
         how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
-        path = self._shared / f"samples-{digest([self.made_from['model'], count, how])}.safetensors"
+        path = folder / f"samples-{digest([self.made_from['model'], count, how])}.safetensors"
         if not path.is_file():
             save_tensors(path, {"images": sample_images(self.original, count, **how)})
         return load_tensors(path)[0]["images"]
