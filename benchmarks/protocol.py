@@ -10,7 +10,8 @@ measured give way. Tables and pictures go to benchmarks/results/DATA/, from what
 
     table.md, table.csv     every method on the classes that all methods forget
     classes.md              ours on each of its classes
-    studies.md              ours with fewer forget images, with other posteriors, and with one request after another
+    studies.md              ours with its default settings where these are others, with fewer forget images, with other
+                            posteriors, and with one request after another
     runs.csv                a row for every run behind them; what `--go_on` takes over lies beside it
     tradeoff.png, persistence.png, studies.png
 """
@@ -67,7 +68,7 @@ class Protocol:
         forget_counts: numbers of forget images that are tried beside all of them.
         checkpoint_counts: numbers of checkpoints that a posterior is estimated from; the largest is what is kept of one
             training run, and the others are spaced evenly over it.
-        study_classes: on which these are tried; of `classes`.
+        study_classes: on which these are tried, and the default settings where ours has others; of `classes`.
         sequence: classes that are forgotten one after another.
         methods: beside ours.
         evaluation: how every run is measured.
@@ -110,6 +111,7 @@ PROTOCOLS = {
         classes=(1, 3, 5, 7, 9),
         shared_classes=(1, 5, 9),
         retrain_seeds=1,
+        study_classes=(1, 5, 9),
         pretraining=PretrainConfig(steps=6000, anneal_steps=1500, channels=(32, 64, 64)),
         resize=16,
         settings={"ours": UnlearnConfig(replay_weight=8.0, forget_share=0.5, replay_guidance=1.0)},
@@ -117,6 +119,8 @@ PROTOCOLS = {
         evaluations=101_000,
     ),
 }
+# What the other methods have, too, where a protocol says nothing else.
+DEFAULTS = "default settings"
 PERSISTENCE = PersistenceConfig(relearn_samples=500)
 
 
@@ -196,6 +200,9 @@ class Bench:
         return {name: records for name, records in found.items() if records}
 
     def _variants(self) -> Iterator[tuple[str, Comparison]]:
+        others = {name: value for name, value in self.protocol.settings.items() if name != "ours"}
+        if others != self.protocol.settings:
+            yield DEFAULTS, self._variant("default-settings", settings=others)
         for count in self.protocol.forget_counts:
             yield f"{count} forget images", self._variant(f"forget-images-{count}", forget_images=count)
         counts = self.protocol.checkpoint_counts
@@ -306,7 +313,8 @@ def write_results(
     every = [("", record) for record in records]
     if studies:
         whole = [record for record in ours if record["label"] in protocol.study_classes]
-        alone = {"all forget images": whole} if whole else {}
+        title = "these settings" if DEFAULTS in studies else "all forget images"
+        alone = {title: whole} if whole else {}
         texts["studies.md"] = tables.studies_markdown(alone | studies, sequences)
         write_bytes_atomic(folder / "studies.png", tables.studies_png(alone | studies))
         every += [(name, record) for name, runs in studies.items() for record in runs]

@@ -120,7 +120,7 @@ _POSTERIORS = (
 
 
 def studies_markdown(studies: Mapping[str, Sequence[Record]], sequences: Sequence[Mapping[str, Any]]) -> str:
-    """What changes with the number of forget images and with the posterior, and over requests in turn."""
+    """What changes with settings, number of forget images and posterior, and over requests in turn."""
     names = list(dict.fromkeys(record["class"] for runs in studies.values() for record in runs))
     rows = [
         [
@@ -189,7 +189,7 @@ def studies_png(studies: Mapping[str, Sequence[Record]]) -> bytes:
         axes.set_xlabel(title, color=FAINT)
         tidy(axes, "x")
     left.set_yticks(list(heights), names)
-    figure.suptitle("Fewer forget images, other posteriors", x=0.01, ha="left", fontsize=11, weight="bold", color=INK)
+    figure.suptitle("Ours, and with one thing changed", x=0.01, ha="left", fontsize=11, weight="bold", color=INK)
     return png(figure)
 
 
