@@ -14,7 +14,7 @@ from tiny import build_pipeline
 from torch import nn
 
 import vdu_fast
-from vdu_fast import PosteriorRecorder, UnlearnConfig
+from vdu_fast import UnlearnConfig
 from vdu_fast.posterior import GaussianPosterior
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -38,7 +38,7 @@ def test_unlearning_example_changes_the_pipeline_and_saves_it(workplace, monkeyp
     example = next(code for code in EXAMPLES if "unlearn(" in code)
     # The example stands unchanged; only what "the defaults" are is smaller here.
     bank = {"replay_samples": 8, "replay_sampler_steps": 4, "replay_states": 2, "replay_batch_size": 4}
-    small = functools.partial(UnlearnConfig, steps=2, bank_filter="none", **bank)
+    small = functools.partial(UnlearnConfig, steps=2, **bank)
     monkeypatch.setattr(vdu_fast, "UnlearnConfig", small, raising=False)
     scope: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), scope)
@@ -61,12 +61,13 @@ def test_recorder_example_writes_a_posterior(tmp_path, monkeypatch):
             (unet(torch.randn(4, 3)) - torch.randn(4, 2)).square().mean().backward()
             optimizer.step()
 
-    scope = {"unet": unet, "loader": range(2300), "optimizer": NoisyOptimizer(), "PosteriorRecorder": PosteriorRecorder}
+    scope = {"unet": unet, "loader": range(2300), "optimizer": NoisyOptimizer()}
     exec(compile(example, "README.md", "exec"), scope)
     GaussianPosterior.load("posterior.safetensors").check_fits(dict(unet.named_parameters()))
 
 
-def test_examples_of_the_optimizer_and_the_ops_run(tmp_path):
+def test_examples_of_the_optimizer_and_the_ops_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     functions = next(code for code in EXAMPLES if "ops.add_noise(" in code)
     loop = next(code for code in EXAMPLES if "VariationalOptimizer(" in code)
 
@@ -83,9 +84,10 @@ def test_examples_of_the_optimizer_and_the_ops_run(tmp_path):
     vectors = {name: torch.full((6,), 0.1, requires_grad=True) for name in ("mean", "log_std")}
     scope = {
         "torch": torch, "model": model, "seed": 1, "alphas_cumprod": torch.linspace(0.99, 0.01, 1000),
-        "posterior": GaussianPosterior.constant(model, 0.01), "loader": [torch.randn(3, 4) for _ in range(4)],
+        "loader": [torch.randn(3, 4) for _ in range(4)],
         "prior_mean": torch.zeros(6), "prior_std": torch.ones(6), **vectors,
     }  # fmt: skip
+    GaussianPosterior.constant(model, 0.01).save("posterior.safetensors")
     exec(compile(functions, "README.md", "exec"), scope)
     assert all(tensor.grad.abs().min() > 0 for tensor in vectors.values())  # type: ignore[union-attr]
     exec(compile(loop, "README.md", "exec"), scope)
