@@ -237,7 +237,7 @@ def table_markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
     if len({row.runs for row in rows if row.sees}) > 1:
         runs = ", ".join(f"{row.title} {row.runs}" for row in rows if row.sees)
         legend = [
-            f"**Not all have run yet, so that means are over unlike classes and seeds.** Runs: {runs}.",
+            f"**Not all have as many runs, so that means are over unlike classes or seeds.** Runs: {runs}.",
             "",
             *legend,
         ]
