@@ -231,7 +231,7 @@ class Bench:
         files = {one.path(self.base): one.key(self.base) for one in sequences}
         for path, key in files.items():
             self._take_over(path, key)
-        if sequences and not self._late():
+        if not self._late():
             sequence.run_all(self.base, sequences, self.processes)
         return self._finished(files)
 

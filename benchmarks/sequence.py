@@ -75,13 +75,12 @@ def run(comparison: Comparison, sequence: Sequence) -> dict[str, Any]:
     else:
         requests = []
         with TemporaryDirectory() as folder:
-            banks: dict[str, Any] = {}
+            bank: Path | None = None
             for done, images in enumerate(forget, start=1):
-                if sequence.way == "passed-on":
-                    banks |= {"output": Path(folder) / str(done), "pass_on_bank": True}
+                output = Path(folder) / str(done) if sequence.way == "passed-on" else None
+                banks = {"bank": bank, "output": output, "pass_on_bank": output is not None}
                 requests.append(measured(images, settings.steps, labels[:done], **banks))
-                if sequence.way == "passed-on":
-                    banks = {"bank": banks["output"] / PASSED_ON}
+                bank = None if output is None else output / PASSED_ON
     about = {
         "key": key,
         "judge": fingerprint(comparison.classifier),
@@ -98,19 +97,14 @@ class _Judge:
     """Measures models from which several classes are gone."""
 
     def __init__(self, comparison: Comparison) -> None:
-        self.comparison, config = comparison, comparison.config
-        self.how: dict[str, Any] = {
-            "steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size
-        }  # fmt: skip
-        # The oracle loses three classes in ten, and needs as many samples as the models have.
-        before = comparison.draw_original(2 * config.samples, comparison.output / "sequences")
-        self.features, self.labels = comparison.classifier.embed_and_classify(before)
+        self.comparison = comparison
+        self.features, self.labels = comparison.classifier.embed_and_classify(_drawn_before(comparison))
 
     def __call__(self, denoiser: Denoiser, gone: tuple[int, ...]) -> dict[str, Any]:
         """PUL of each class that is gone, and u-FID beside the oracle's."""
         train, config = self.comparison.train, self.comparison.config
         classify, forgotten = self.comparison.classifier.embed_and_classify, torch.tensor(list(gone))
-        features, found = classify(sample_images(denoiser, config.samples, **self.how))
+        features, found = classify(sample_images(denoiser, config.samples, **self.comparison.sampling))
         assert train.labels is not None
         real = classify(train.images[~torch.isin(train.labels, forgotten)])[0]
         oracle = self.features[~torch.isin(self.labels, forgotten)][: config.samples]
@@ -124,14 +118,22 @@ class _Judge:
         return {"pul": pul, "u_fid": frechet_distance(features, real), "oracle": frechet_distance(oracle, real)}
 
 
-def run_all(comparison: Comparison, sequences: list[Sequence], processes: int) -> list[dict[str, Any]]:
-    """Several sequences at a time, each in a process of one thread."""
-    if any(read_record(one.path(comparison), one.key(comparison)) is None for one in sequences):
-        _Judge(comparison)  # draws the original's samples once, and not in every process
+def _drawn_before(comparison: Comparison) -> Tensor:
+    """Samples of the original model: the oracle loses three classes in ten, and needs as many as the models have."""
+    return comparison.draw_original(2 * comparison.config.samples, comparison.output / "sequences")
+
+
+def run_all(comparison: Comparison, sequences: list[Sequence], processes: int) -> None:
+    """Run what is missing of these, several at a time, each in a process of one thread."""
+    missing = [one for one in sequences if read_record(one.path(comparison), one.key(comparison)) is None]
+    if not missing:
+        return
+    _drawn_before(comparison)  # once, and not in every process
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return list(pool.map(_run_on_one_thread, [replace(comparison)] * len(sequences), sequences))
+        for _ in pool.map(_run_on_one_thread, [replace(comparison)] * len(missing), missing):
+            pass
 
 
-def _run_on_one_thread(comparison: Comparison, sequence: Sequence) -> dict[str, Any]:
+def _run_on_one_thread(comparison: Comparison, sequence: Sequence) -> None:
     torch.set_num_threads(1)
-    return run(comparison, sequence)
+    run(comparison, sequence)

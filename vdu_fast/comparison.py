@@ -193,13 +193,17 @@ class Comparison:
         """What the original model draws, from the output folder when it is there."""
         return self.draw_original(int(_SPARE_SAMPLES * self.config.samples), self._shared)
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How every model is sampled, as `sample_images` takes it."""
+        config = self.config
+        return {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
+
     def draw_original(self, count: int, folder: Path) -> Tensor:
         """So many samples of the original model, from a file in the folder when it is there."""
-        config = self.config
-        how: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, "batch_size": config.batch_size}
-        path = folder / f"samples-{digest([self.made_from['model'], count, how])}.safetensors"
+        path = folder / f"samples-{digest([self.made_from['model'], count, self.sampling])}.safetensors"
         if not path.is_file():
-            save_tensors(path, {"images": sample_images(self.original, count, **how)})
+            save_tensors(path, {"images": sample_images(self.original, count, **self.sampling)})
         return load_tensors(path)[0]["images"]
 
     def check_drawn(self, label: int) -> None:

@@ -33,10 +33,7 @@ _MORE = "Raise replay_samples (of a bank that is read, draw a larger one)"
 
 
 def check_replay(
-    job: Job,
-    bank: ReplayBank | str | Path | None,
-    classifier: nn.Module | None,
-    forget_label: int | None,
+    job: Job, bank: ReplayBank | str | Path | None, classifier: nn.Module | None, forget_label: int | None
 ) -> None:
     """InputError when the bank cannot be made, kept or filtered: asked before the minutes that drawing it takes."""
     config = job.config
@@ -54,10 +51,7 @@ def check_replay(
                 f"--replay_sampler_steps {total} or less."
             )
         check_memory(
-            job.denoiser.sample_shape,
-            config.replay_samples,
-            config.replay_states,
-            guided=config.replay_guidance > 0,
+            job.denoiser.sample_shape, config.replay_samples, config.replay_states, guided=config.replay_guidance > 0
         )
     if config.bank_filter == "classifier" and (classifier is None or forget_label is None):
         raise InputError("bank_filter 'classifier' needs classifier=... and forget_label=...")
