@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import shlex
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from tiny import build_pipeline, build_tiny, random_posterior
 from torch import Tensor
 
+from vdu_fast import guidance
 from vdu_fast.checkpoint import fingerprint
 from vdu_fast.cli import main
 from vdu_fast.cli.parser import take
@@ -29,7 +32,9 @@ from vdu_fast.sweeping.report import FILES, draw_curve, settings_yaml, write_swe
 from vdu_fast.sweeping.signals import Signals
 from vdu_fast.unlearner import unlearn
 
-GRID = SweepConfig([4.0, 8.0], [2.0], [0.05], [2, 5], samples=16, sampler_steps=4)
+GRID = SweepConfig([4.0, 8.0], [2.0], [0.05], step_counts=[2, 5], samples=16, sampler_steps=4)
+# What the settings of GRID are called after their lambda.
+REST = "hinge-2-gamma-0.05-share-1-guidance-0"
 SCHEDULER = DDPMScheduler(num_train_timesteps=50)
 
 
@@ -46,7 +51,7 @@ def sweep_tiny(images: Tensor, output, model=None, **options) -> SweepResult:
 
 
 def point(pul: float, ratio: float, steps: int = 100, weight: float = 8.0) -> Point:
-    return Point(weight, 3.0, 0.05, steps, 1, 30, pul, 2 * ratio, ratio, 0.001, 3.0)
+    return Point(weight, 3.0, 0.05, 0.5, 1.0, steps, 1, 30, pul, 2 * ratio, ratio, 0.001, 3.0)
 
 
 @pytest.fixture
@@ -59,10 +64,12 @@ def runs(monkeypatch) -> list[str]:
 
 class TestGrid:
     def test_every_combination_once(self):
-        grid = SweepConfig([8.0, 4.0, 8.0], [2.0, 3.0], [0.05], [100, 50])
-        assert grid.settings() == [Setting(w, h, 0.05) for w in (4.0, 8.0) for h in (2.0, 3.0)]
+        grid = SweepConfig([8.0, 4.0, 8.0], [2.0, 3.0], [0.05], [0.5, 1.0], [1.0, 0.0], [100, 50])
+        assert grid.settings() == [
+            Setting(w, h, 0.05, s, g) for g in (0.0, 1.0) for w in (4.0, 8.0) for h in (2.0, 3.0) for s in (0.5, 1.0)
+        ]
         assert grid.step_counts == [50, 100]
-        assert len({setting.name for setting in grid.settings()}) == 4
+        assert len({setting.name for setting in grid.settings()}) == 16
 
     @pytest.mark.parametrize(
         ("settings", "expected"),
@@ -71,6 +78,8 @@ class TestGrid:
             ({"replay_weights": [0.0]}, "--replay_weights must be positive"),
             ({"hinge_ratios": [float("nan")]}, "--hinge_ratios must be positive"),
             ({"gammas": [1.0]}, "--gammas must be in"),
+            ({"forget_shares": [0.0]}, "--forget_shares must be above 0"),
+            ({"replay_guidances": [-1.0]}, "--replay_guidances must be 0 or more"),
             ({"step_counts": [0, 50]}, "--step_counts must be at least 1"),
             ({"least_forgotten": 0.98 - 1}, "--least_forgotten is a percentage"),
             ({"samples": 4}, "--samples must be at least 8"),
@@ -88,12 +97,14 @@ class TestGrid:
             ({"rollback": True}, "--rollback ends a run elsewhere"),
             ({"bank_filter": "classifier"}, "--bank_filter classifier: a sweep takes no classifier"),
             ({"saturation": "npo"}, "--hinge_ratios .* would all be the same run"),
+            ({"bank_filter": "none"}, "--replay_guidances .* nothing tells what is unwanted"),
         ],
     )
     def test_settings_that_cannot_be_swept_are_refused(self, images, tmp_path, settings, expected):
-        grid = replace(GRID, hinge_ratios=[2.0, 3.0])
+        grid = replace(GRID, hinge_ratios=[2.0, 3.0], replay_guidances=[0.0, 1.0])
+        config = small(**{"bank_filter": "positive_unlabelled"} | settings)
         with pytest.raises(InputError, match=expected):
-            sweep_tiny(images, tmp_path / "out", config=small(**settings), grid=grid)
+            sweep_tiny(images, tmp_path / "out", config=config, grid=grid)
         assert not (tmp_path / "out").exists()
 
 
@@ -164,9 +175,20 @@ class TestSignals:
 
 
 class TestSweep:
-    @pytest.mark.parametrize("settings", [{}, {"anneal": 0.0, "forget_share": 0.4}])
-    def test_a_point_is_what_unlearn_ends_with_bit_for_bit(self, images, tmp_path, monkeypatch, settings):
+    @pytest.mark.parametrize(
+        ("settings", "swept"),
+        [
+            ({}, {}),
+            ({"anneal": 0.0}, {"forget_shares": [0.4]}),
+            (
+                {"bank_filter": "positive_unlabelled", "replay_samples": 60},
+                {"replay_weights": [4.0], "replay_guidances": [0.0, 1.0]},
+            ),
+        ],
+    )
+    def test_a_point_is_what_unlearn_ends_with_bit_for_bit(self, images, tmp_path, monkeypatch, settings, swept):
         """The annealed copies of one trunk are runs of their own lengths."""
+        monkeypatch.setattr(guidance, "FEWEST_IMAGES", 2.0)
         weights = {}
         draw = Sweep._draw
 
@@ -176,8 +198,10 @@ class TestSweep:
             return draw(self, denoiser, count)
 
         monkeypatch.setattr(Sweep, "_draw", watch)
-        result = sweep_tiny(images, tmp_path, config=small(**settings))
-        assert [(p.replay_weight, p.steps) for p in result.points] == [(4.0, 2), (4.0, 5), (8.0, 2), (8.0, 5)]
+        grid = replace(GRID, **swept)
+        result = sweep_tiny(images, tmp_path, config=small(**settings), grid=grid)
+        assert [(p.setting, p.steps) for p in result.points] == list(product(grid.settings(), [2, 5]))
+        assert len(set(weights.values())) == len(weights)
         for number, measured in enumerate(result.points):
             pipeline = build_pipeline()
             config = measured.setting.applied(small(**settings), measured.steps)
@@ -227,7 +251,7 @@ class TestSweep:
         sweep_tiny(images, tmp_path, grid=replace(GRID, least_forgotten=50.0))
         assert runs == []
         sweep_tiny(images, tmp_path, grid=replace(GRID, replay_weights=[4.0, 6.0, 8.0]))
-        assert runs == ["lambda-6-hinge-2-gamma-0.05"]
+        assert runs == [f"lambda-6-{REST}"]
 
     @pytest.mark.parametrize("what", ["images", "config", "samples", "posterior", "model"])
     def test_other_inputs_are_run_anew(self, images, tmp_path, runs, what):
@@ -255,7 +279,7 @@ class TestSweep:
         monkeypatch.setattr(Sweep, "states", diverging)
         result = sweep_tiny(images, tmp_path)
         assert {p.replay_weight for p in result.points} == {8.0}
-        assert result.failed == {"lambda-4-hinge-2-gamma-0.05": "the loss became nan"}
+        assert result.failed == {f"lambda-4-{REST}": "the loss became nan"}
         with pytest.raises(InputError, match="every setting failed, the first one so: the loss became nan"):
             sweep_tiny(images, tmp_path / "all", grid=replace(GRID, replay_weights=[4.0]))
 
@@ -265,10 +289,16 @@ class TestSweep:
             sweep_tiny(images, tmp_path, config=config)
         assert not (tmp_path / "settings").exists()
 
+    def test_guidance_that_tells_nothing_ends_the_sweep_after_what_needs_none(self, images, tmp_path):
+        config = small(bank_filter="positive_unlabelled", replay_samples=60)
+        with pytest.raises(InputError, match="lie too far apart"):
+            sweep_tiny(images, tmp_path, config=config, grid=replace(GRID, replay_guidances=[1.0, 0.0]))
+        assert {path.stem for path in (tmp_path / "settings").iterdir()} == {f"lambda-4-{REST}", f"lambda-8-{REST}"}
+
     def test_a_damaged_record_is_named(self, images, tmp_path):
         sweep_tiny(images, tmp_path)
-        (tmp_path / "settings" / "lambda-4-hinge-2-gamma-0.05.json").write_text("{")
-        with pytest.raises(InputError, match=r"lambda-4-hinge-2-gamma-0\.05\.json is not readable"):
+        (tmp_path / "settings" / f"lambda-4-{REST}.json").write_text("{")
+        with pytest.raises(InputError, match=rf"lambda-4-{re.escape(REST)}\.json is not readable"):
             sweep_tiny(images, tmp_path)
 
 

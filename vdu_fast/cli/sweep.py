@@ -49,9 +49,10 @@ def build_parser() -> CommandParser:
     parser = command_parser(
         "sweep", "Find the settings of `vdu-fast unlearn` that suit a model and what it must forget."
     )
-    names = {"model": "DIR", "posterior": "FILE", "forget": "DATA", "output": "DIR", "bank": "FILE"}
-    parser.add_settings(SweepFiles, "input and output", **names)
-    lists = dict.fromkeys(("replay_weights", "hinge_ratios", "gammas"), "[X,...]")
+    files = {"model": "DIR", "posterior": "FILE", "forget": "DATA", "output": "DIR", "bank": "FILE"}
+    parser.add_settings(SweepFiles, "input and output", **files)
+    names = ("replay_weights", "hinge_ratios", "gammas", "forget_shares", "replay_guidances")
+    lists = dict.fromkeys(names, "[X,...]")
     parser.add_settings(SweepConfig, "what is tried", step_counts="[N,...]", **lists)
     parser.add_settings(UnlearnConfig, "the other settings of `vdu-fast unlearn`", skip=(*SWEPT, *REFUSED))
     parser.add_settings(CommonOptions, "how it runs")
@@ -102,9 +103,9 @@ def _print_result(files: SweepFiles, output: Path, result: SweepResult, grid: Sw
             file=sys.stderr,
         )
     print(
-        f"Chosen: replay_weight {best.replay_weight:g}, hinge_ratio {best.hinge_ratio:g}, gamma {best.gamma:g}, "
-        f"{best.steps} steps: estimated PUL {best.pul:.1f} ({best.forgotten_before} drawn before, {best.forgotten} "
-        f"after), kept distance {best.ratio:.2f} x that of the original model's own samples."
+        f"Chosen: {best.setting.describe()}; {best.steps} steps: estimated PUL {best.pul:.1f} "
+        f"({best.forgotten_before} drawn before, {best.forgotten} after), kept distance {best.ratio:.2f} x that of the "
+        "original model's own samples."
     )
     print(f"Wrote {', '.join(FILES[:-1])} and {FILES[-1]} to {output}. To unlearn with these settings:")
     inputs = asdict(files) | {"output": None}

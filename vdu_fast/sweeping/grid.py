@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
@@ -11,7 +11,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
 
 # The settings of `unlearn` that a sweep finds.
-SWEPT = ("gamma", "replay_weight", "hinge_ratio", "steps")
+SWEPT = ("gamma", "replay_weight", "hinge_ratio", "forget_share", "replay_guidance", "steps")
 # Those that would end a run somewhere else than at the number of steps that is measured.
 REFUSED = ("target_ratio", "rollback")
 
@@ -23,11 +23,23 @@ class Setting:
     replay_weight: float
     hinge_ratio: float
     gamma: float
+    forget_share: float
+    replay_guidance: float
 
     @property
     def name(self) -> str:
         """What its file is called."""
-        return f"lambda-{self.replay_weight:g}-hinge-{self.hinge_ratio:g}-gamma-{self.gamma:g}"
+        return (
+            f"lambda-{self.replay_weight:g}-hinge-{self.hinge_ratio:g}-gamma-{self.gamma:g}"
+            f"-share-{self.forget_share:g}-guidance-{self.replay_guidance:g}"
+        )
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"lambda {self.replay_weight:g}, hinge {self.hinge_ratio:g}, gamma {self.gamma:g}, forgetting in "
+            f"{self.forget_share:g} of the steps, guidance {self.replay_guidance:g}"
+        )
 
     def applied(self, config: UnlearnConfig, steps: int) -> UnlearnConfig:
         """The settings of `unlearn` that end where this one was measured after `steps`."""
@@ -39,7 +51,7 @@ class Point:
     """What a sweep measured of one setting after one number of steps.
 
     Attributes:
-        replay_weight, hinge_ratio, gamma, steps: the settings.
+        replay_weight, hinge_ratio, gamma, forget_share, replay_guidance, steps: the settings.
         forgotten: of the fresh samples, how many the filter calls forgotten; `forgotten_before`, of the original's.
         pul: estimated percentage unlearned, 100 (forgotten_before - forgotten) / forgotten_before.
         distance: kept distance, see `vdu_fast.sweeping.signals`.
@@ -51,6 +63,8 @@ class Point:
     replay_weight: float
     hinge_ratio: float
     gamma: float
+    forget_share: float
+    replay_guidance: float
     steps: int
     forgotten: int
     forgotten_before: int
@@ -62,7 +76,7 @@ class Point:
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.replay_weight, self.hinge_ratio, self.gamma)
+        return Setting(**{field.name: getattr(self, field.name) for field in fields(Setting)})
 
 
 @dataclass
@@ -73,6 +87,8 @@ class SweepConfig:
         replay_weights: values of lambda (--replay_weight of `unlearn`).
         hinge_ratios: values of --hinge_ratio of `unlearn`.
         gammas: values of --gamma of `unlearn`.
+        forget_shares: values of --forget_share of `unlearn`; try [0.5,1] on a model that forgets fast.
+        replay_guidances: values of --replay_guidance of `unlearn`; try [0,1] on small pictures.
         step_counts: numbers of steps. One run serves them all: it goes on at the full learning rate, and anneals a copy
             of its state for each.
         least_forgotten: estimated PUL in percent that the chosen setting must reach; among those that do, the one that
@@ -86,6 +102,8 @@ class SweepConfig:
     replay_weights: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0, 16.0])
     hinge_ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
     gammas: list[float] = field(default_factory=lambda: [0.05, 0.3])
+    forget_shares: list[float] = field(default_factory=lambda: [1.0])
+    replay_guidances: list[float] = field(default_factory=lambda: [0.0])
     step_counts: list[int] = field(default_factory=lambda: [50, 100])
     least_forgotten: float = 98.0
     samples: int = 300
@@ -93,7 +111,7 @@ class SweepConfig:
     sample_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("replay_weights", "hinge_ratios", "gammas", "step_counts"):
+        for name in ("replay_weights", "hinge_ratios", "gammas", "forget_shares", "replay_guidances", "step_counts"):
             values = getattr(self, name)
             if not values:
                 raise InputError(f"--{name} is empty; give one or more numbers, as in --{name} [2,4].")
@@ -103,6 +121,10 @@ class SweepConfig:
                 raise InputError(f"--{name} must be positive numbers, got {getattr(self, name)}.")
         if not all(0 <= gamma < 1 for gamma in self.gammas):
             raise InputError(f"--gammas must be in [0, 1), got {self.gammas}.")
+        if not all(0 < share <= 1 for share in self.forget_shares):
+            raise InputError(f"--forget_shares must be above 0 and at most 1, got {self.forget_shares}.")
+        if not all(math.isfinite(strength) and strength >= 0 for strength in self.replay_guidances):
+            raise InputError(f"--replay_guidances must be 0 or more, got {self.replay_guidances}.")
         if min(self.step_counts) < 1:
             raise InputError(f"--step_counts must be at least 1, got {self.step_counts}.")
         if not 0 < self.least_forgotten <= 100:
@@ -113,8 +135,9 @@ class SweepConfig:
             raise InputError(f"--sampler_steps must be at least 1, got {self.sampler_steps}.")
 
     def settings(self) -> list[Setting]:
-        """Every combination, one run each."""
-        return [Setting(*values) for values in product(self.replay_weights, self.hinge_ratios, self.gammas)]
+        """Every combination, one run each; those that replay the same bank are next to each other."""
+        others = (self.replay_weights, self.hinge_ratios, self.gammas, self.forget_shares)
+        return [Setting(*values, strength) for strength in self.replay_guidances for values in product(*others)]
 
     def measured_by(self) -> dict[str, Any]:
         """What decides the measurements of one setting; not the other settings, and not the choice."""
@@ -134,6 +157,11 @@ def check_base(config: UnlearnConfig, grid: SweepConfig) -> None:
         raise InputError(
             "--bank_filter classifier: a sweep takes no classifier. Use positive_unlabelled or none; what it finds can "
             "be used with another filter."
+        )
+    if config.bank_filter == "none" and max(grid.replay_guidances) > 0:
+        raise InputError(
+            f"--replay_guidances {grid.replay_guidances}: without a --bank_filter nothing tells what is unwanted. Use "
+            "positive_unlabelled, or leave it at [0]."
         )
     if config.saturation != "hinge" and len(grid.hinge_ratios) > 1:
         raise InputError(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -95,8 +96,7 @@ def draw_curve(result: SweepResult, grid: SweepConfig) -> Figure:
     axes.plot(
         best.pul, best.ratio, marker="o", markersize=17, markerfacecolor="none", markeredgecolor=INK,
         markeredgewidth=1.8, linestyle="none", zorder=5,
-        label=f"chosen: lambda {best.replay_weight:g}, hinge {best.hinge_ratio:g},\n"
-        f"gamma {best.gamma:g}, {best.steps} steps",
+        label="chosen: " + textwrap.fill(f"{best.setting.describe()}; {best.steps} steps", 30),
     )  # fmt: skip
     axes.set_yscale("log")
     ratios = [point.ratio for point in result.points]

@@ -1,4 +1,4 @@
-"""`sweep`: runs over a grid of settings that share one replay bank and one filter, each kept in a file of its own.
+"""`sweep`: runs over a grid of settings that share one replay bank, each kept in a file of its own.
 
 A sweep that was stopped goes on where it was: a setting whose file was made from the same model, images, posterior and
 other settings is read, not run again.
@@ -75,14 +75,15 @@ def sweep(
     observers: Observers | None = None,
     progress: SweepProgress | None = None,
 ) -> SweepResult:
-    """Find gamma, lambda, hinge ratio and steps for a model, from the forget images and what the model draws.
+    """Find gamma, lambda, steps and more for a model, from the forget images and what the model draws.
 
     Args:
         model, forget_images, posterior, scheduler: as for `vdu_fast.unlearn`; the model is moved to the device, and its
             weights stay as they are.
         output: folder for the replay bank, the samples of the original model and one file per setting. What is in it
             from the same inputs is not made again.
-        config: all other settings; gamma, replay_weight, hinge_ratio and steps of it are replaced.
+        config: all other settings; what the grid holds replaces gamma, replay_weight, hinge_ratio, forget_share,
+            replay_guidance and steps of it.
         grid: what is tried and how it is measured.
         bank: file of a replay bank, read when it exists, otherwise written; None keeps one in `output`.
         observers: `on_sample` and `on_message` are called.
@@ -97,7 +98,7 @@ def sweep(
     # Asked here, before the minutes that the bank takes.
     sampler_for(job.denoiser, grid.sampler_steps)
     check_positive_unlabelled(job.denoiser, job.images, config.feature_module)
-    check_replay(job, bank, None, None)
+    check_replay(replace(job, config=replace(config, replay_guidance=max(grid.replay_guidances))), bank, None, None)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     this = Sweep(job, grid, output, Path(bank) if bank is not None else None)
@@ -127,16 +128,20 @@ class Sweep:
         self._model = fingerprint(self.original.module)
         config = job.config
         made_from = [self._model, config.replay_samples, config.replay_sampler_steps, config.replay_states, config.seed]
+        self._kept: tuple[float, ReplayBank] | None = None
         self.bank_file = bank or output / f"bank-{digest(made_from)}.safetensors"
 
     @cached_property
     def bank(self) -> ReplayBank:
         return obtain_bank(self.job, self.bank_file)
 
-    @cached_property
-    def kept(self) -> ReplayBank:
-        """The bank without what must go."""
-        return filter_bank(self.job, self.bank, None, None)[0]
+    def kept(self, guidance: float) -> ReplayBank:
+        """The bank without what must go, guided so far; the last one is remembered."""
+        if self._kept is None or self._kept[0] != guidance:
+            self._kept = None  # before there are two
+            job = replace(self.job, config=replace(self.job.config, replay_guidance=guidance))
+            self._kept = guidance, filter_bank(job, self.bank, None, None)[0]
+        return self._kept[1]
 
     @cached_property
     def worker(self) -> Denoiser:
@@ -219,7 +224,7 @@ class Sweep:
     def run(self, setting: Setting) -> dict[str, Any]:
         """Measure a setting, whether it was done before or not; the record is written to its file."""
         # Made here, because where these fail no setting can be measured.
-        signals, _ = self.signals, self.kept
+        signals, _ = self.signals, self.kept(setting.replay_guidance)
         began = time.perf_counter()
         record: dict[str, Any] = {"name": setting.name, "key": self.key(setting), "points": [], "failed": None}
         try:
@@ -245,7 +250,8 @@ class Sweep:
         """Put into `worker` what the setting ends with after each number of steps; yields the run and that number."""
         self.worker.module.load_state_dict(self.original.module.state_dict())
         config = setting.applied(self.job.config, max(self.grid.step_counts))
-        run = UnlearningRun(self.worker, self.job.images, self.job.posterior, self.kept, config)
+        kept = self.kept(setting.replay_guidance)
+        run = UnlearningRun(self.worker, self.job.images, self.job.posterior, kept, config)
         try:
             for steps in annealed_states(run, self.grid.step_counts):
                 yield run, steps
