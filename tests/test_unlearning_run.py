@@ -227,6 +227,7 @@ def test_after_its_share_of_the_steps_the_forget_term_costs_nothing(images, bank
     records = [run._step() for _ in range(4)]
     run.release()
     assert [size for size in sizes if size in (8, 12)] == [12, 12, 8, 8]
+    assert run.images_seen == 40
     assert ["forget_loss" in record for record in records] == [True, True, False, False]
     without_bank = start(images, steps=4, forget_share=0.5, replay_weight=0.0)
     assert all("forget_loss" in without_bank._step() for _ in range(4))

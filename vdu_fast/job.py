@@ -28,7 +28,7 @@ class Observers:
     """Callbacks of a run; each may be None.
 
     Attributes:
-        on_step: called after each step with its record and `images_per_second`.
+        on_step: called after each step with its record and `images_per_second`, forget and replayed images together.
         on_sample: called with the number of new replay trajectories.
         on_message: called with one line about what was decided.
     """

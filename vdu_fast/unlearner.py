@@ -202,7 +202,7 @@ def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:
         if state_file is not None:
             save_tensors(state_file, run.state_dict(), {"identity": identity, "seconds": json.dumps(seconds)})
 
-    began, first = time.perf_counter(), run.step_number
+    began = time.perf_counter()
     reason = run.stop_reason() if run.history else None
     if not run.history:
         save()
@@ -213,8 +213,7 @@ def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:
             if run.step_number % config.save_every == 0 and reason is None:
                 save()
             if job.observers.on_step is not None:
-                per_step = config.batch_size * config.accumulate * config.samples_per_step
-                rate = per_step * (run.step_number - first) / (time.perf_counter() - began)
+                rate = run.images_seen / (time.perf_counter() - began)
                 job.observers.on_step(record | {"total": config.steps, "images_per_second": rate})
     except StoppedAtOnce:
         raise  # in the middle of a step: the last save stands

@@ -47,6 +47,9 @@ class UnlearningRun:
         bank: the filtered replay bank, or None when replay_weight is 0.
         config: the settings.
         retained_images: measured at every check and used for nothing else.
+
+    Attributes:
+        images_seen: forget and replayed images that steps have put through the network, since this object was made.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class UnlearningRun:
         self.start_error = float(self.forget_probe.error().mean())
         self.start_curve = error_curve(denoiser, self.images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
-        self.step_number = 0
+        self.step_number, self.images_seen = 0, 0
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, int, Tensor] | None = None
         # The step of the last measurement and its z; none before the first, when z is 0.
@@ -253,6 +256,7 @@ class UnlearningRun:
         reference = self._reference_error(draw, x_t[:forget], *batch) if npo else None
         with phase("forward"):
             prediction = self.denoiser.predict(x_t, timesteps, repeated=True)
+        self.images_seen += len(x_t)
         terms, measured = [], {}
         if forget:
             error = self._forget_error(prediction[:forget], draw, *batch)
