@@ -84,7 +84,7 @@ def classes_markdown(records: Sequence[Record], planned: int | None = None) -> s
             "",
             "",
             f"**{_plus_minus(ratios, '.2f')}**",
-            f"{least:.0%}",
+            f"lowest {least:.0%}",
         ]
     )
     head = [
