@@ -266,6 +266,30 @@ class TestProtocol:
             assert json.loads(row["changes"]) == module.SETTINGS[row["setting"]]
             UnlearnConfig(**module.SETTINGS[row["setting"]])
 
+    def test_tries_of_other_methods_with_a_row_are_not_run_again(self, protocol, bench, tmp_path, monkeypatch):
+        module = script("fashion_methods")
+        tries = [("neg_grad", {"steps": 1, "batch_size": 4}), ("neg_grad", {"steps": 2, "batch_size": 4})]
+        monkeypatch.setattr(module, "TABLE", tmp_path / "method_settings.csv")
+        monkeypatch.setattr(module, "JOBS", tries)
+        monkeypatch.setattr(module, "CLASS", 1)
+        module.measure_missing(bench, tries[:1])
+        monkeypatch.setattr(Comparison, "run", None)
+        module.measure_missing(bench, tries[:1])
+        found = module.rows(module.TABLE)
+        assert [(row["method"], row["steps"]) for row in found] == [("neg_grad", "1")]
+        assert module.standing("neg_grad")[0][0] == tries[0][1]
+
+    def test_other_methods_have_on_fashion_mnist_what_did_best_there(self, protocol):
+        module = script("fashion_methods")
+        settings = protocol.PROTOCOLS[module.NAME].settings
+        assert module.CLASS not in protocol.PROTOCOLS[module.NAME].shared_classes
+        tried = {row["method"] for row in module.rows(module.TABLE)}
+        assert tried == set(settings) - {"ours"}
+        for name in tried:
+            standing = module.standing(name)
+            assert len(standing) == len(module.TRIES[name]), name
+            assert settings[name] == get_method(name).settings(**standing[0][0]), name
+
     def test_another_machine_goes_on_where_it_was_stopped(self, protocol, bench, tmp_path, monkeypatch):
         bench.protocol = replace(bench.protocol, seeds=1)
         jobs, run = [], Comparison.run
