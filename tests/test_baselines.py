@@ -128,6 +128,7 @@ def test_settings_that_make_no_sense():
         (12, {"forget_share": 0.6}),
         (12, {"saturation": "npo"}),
         (12, {"replay_guidance": 1.0}),
+        (12, {"hinge_excess": 4.0}),
     ],
 )
 def test_ours_needs_its_whole_budget(images, changes, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import TinyDenoiser, build_pipeline, build_tiny, random_posterior
 from torch import Tensor, nn
 
-from vdu_fast import replay, unlearner
+from vdu_fast import replay, request_bank, unlearner
 from vdu_fast.checkpoint import StoppedAtOnce, fingerprint, load_tensors, save_tensors
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
@@ -257,6 +258,7 @@ VARIANTS = [
     {"replay_weight": 0.0, "saturation": "npo", "optimizer": "adam", "learning_rate": 1e-3},
     {"forget_share": 0.5},
     GUIDED,
+    GUIDED | {"hinge_excess": 2.0},
 ]
 
 
@@ -291,8 +293,30 @@ def test_images_too_far_apart_to_guide_are_said_before_the_first_step(images):
         unlearn_tiny(images, **GUIDED | {"scheduler": SCHEDULER})
 
 
+def test_too_little_of_what_must_go_tells_nothing_of_a_model_that_never_saw_it(images, monkeypatch):
+    by_classifier = GUIDED | {"bank_filter": "classifier", "classifier": Bright(), "forget_label": 0}
+    settings = by_classifier | {"replay_guidance": 0.0, "hinge_excess": 0.5, "hinge_ratio": 2.0}
+
+    def run(**changes) -> tuple[Tensor, str]:
+        said: list[str] = []
+        module = build_tiny()
+        unlearn_tiny(images, module, observers=Observers(on_message=said.append), **settings | changes)
+        return weights(module), "\n".join(said)
+
+    without, _ = run(hinge_excess=None)
+    left_out, said = run()
+    assert re.search(r"hinge_excess is left out: only \d+ of 40 replayed images show what must go", said)
+    assert torch.equal(without, left_out)
+    monkeypatch.setattr(request_bank, "FEWEST_IMAGES", 1.0)
+    limited, said = run()
+    assert "left out" not in said
+    assert not torch.equal(without, limited)
+
+
 @pytest.mark.parametrize(
-    "settings", VARIANTS, ids=["defaults", "mean_field", "rollback", "without bank", "repair", "guided"]
+    "settings",
+    VARIANTS,
+    ids=["defaults", "mean_field", "rollback", "without bank", "repair", "guided", "hinge excess"],
 )
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at):

@@ -16,6 +16,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.errors import InputError
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
+from vdu_fast.probe import error_curves
 from vdu_fast.replay import ReplayBank, build_bank
 from vdu_fast.rng import Stream, batch_indices, randint, standard_normal
 from vdu_fast.unlearning_run import UnlearningRun
@@ -37,11 +38,26 @@ def small(**settings) -> UnlearnConfig:
 
 
 def start(
-    images: Tensor, bank: ReplayBank | None = None, denoiser: Denoiser | None = None, **settings
+    images: Tensor,
+    bank: ReplayBank | None = None,
+    denoiser: Denoiser | None = None,
+    unseen: Astray | None = None,
+    **settings,
 ) -> UnlearningRun:
     denoiser, config = denoiser or denoiser_of_tiny(), small(**settings)
     denoiser.execution = config.execution
-    return UnlearningRun(denoiser, images, random_posterior(denoiser.module), bank, config)
+    return UnlearningRun(denoiser, images, random_posterior(denoiser.module), bank, config, unseen=unseen)  # type: ignore[arg-type]
+
+
+class Astray:
+    """Stands for `Unseen`: its predictions are off by a constant, by more the less noise there is."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def change(self, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        off = self.by * (1 - timesteps.double() / T)
+        return off[:, None, None, None].expand_as(x_t), torch.full((len(x_t),), torch.inf)
 
 
 def finish(run: UnlearningRun) -> UnlearningRun:
@@ -231,6 +247,39 @@ def test_after_its_share_of_the_steps_the_forget_term_costs_nothing(images, bank
     assert ["forget_loss" in record for record in records] == [True, True, False, False]
     without_bank = start(images, steps=4, forget_share=0.5, replay_weight=0.0)
     assert all("forget_loss" in without_bank._step() for _ in range(4))
+
+
+def test_the_hinge_lets_go_at_a_multiple_of_what_never_seeing_it_costs(images):
+    astray, excess = Astray(0.5), 2.0
+    free = start(images)
+    curves = error_curves(
+        free.denoiser,
+        images,
+        lambda x_t, timesteps: astray.change(x_t, timesteps)[0],
+        size=4 * 32,
+        seed=0,
+        weights=free.timestep_weights,
+    )
+    assert torch.equal(free.limit_curve, 3.0 * curves[0])
+    nearer = curves[0] + excess * (curves[1] - curves[0]).clamp_min(0)
+    ratio = float((nearer / curves[0]).median())
+    run = start(images, unseen=astray, hinge_ratio=ratio, hinge_excess=excess)
+    torch.testing.assert_close(run.limit_curve, torch.minimum(ratio * curves[0], nearer))
+    assert 0.2 < float((run.limit_curve < ratio * curves[0]).float().mean()) < 0.8
+    for without in ({"unseen": astray}, {"hinge_excess": excess}):
+        assert torch.equal(start(images, **without).limit_curve, free.limit_curve)
+
+
+def test_what_cannot_tell_sets_no_limit(images):
+    run = start(images, unseen=Astray(math.nan), hinge_excess=1.0)
+    assert torch.equal(run.limit_curve, start(images).limit_curve)
+
+
+def test_where_never_seeing_it_costs_nothing_nothing_is_pushed(images):
+    run = start(images, unseen=Astray(0.0), hinge_excess=1.0, learning_rate=0.5, gamma=0.0, hinge_ratio=10.0, steps=60)
+    free = start(images, learning_rate=0.5, gamma=0.0, hinge_ratio=10.0, steps=60)
+    pushed = [finish(one).history[-1]["forget_ratio"] for one in (run, free)]
+    assert pushed[0] < 1 + 0.5 * (pushed[1] - 1)
 
 
 def test_a_run_stops_when_the_forget_loss_reaches_its_target(images):

@@ -45,6 +45,9 @@ class UnlearnConfig:
         saturation: how the forget term lets go: "hinge" at hinge_ratio, "npo" softly, or "none" (unbounded).
         hinge_ratio: under "hinge", a sample is let go when its error reaches this multiple of what the forget data had
             at that timestep before.
+        hinge_excess: under "hinge", a sample is let go, too, when its error is above what it was before by so many
+            times what it would be above it in a model that never saw the forget data, as a filtered replay bank tells
+            (see vdu_fast.unseen): in the noise that is little, and more costs what stays. null is no such limit.
         npo_beta: under "npo", in units of 1 / what the error was at that timestep before.
         target_ratio: stop when the forget loss on a fixed batch with fixed noise reaches this multiple of its start.
         trust_region: the forget term acts only while B per parameter is below this.
@@ -98,6 +101,7 @@ class UnlearnConfig:
     timestep_window: tuple[int, int] | None = None
     saturation: Saturation = "hinge"
     hinge_ratio: float = 3.0
+    hinge_excess: float | None = field(default=None, metadata={"off": None})
     npo_beta: float = 1.0
     target_ratio: float | None = None
     trust_region: float | None = None
@@ -150,6 +154,7 @@ class UnlearnConfig:
         for name in (
             "learning_rate",
             "hinge_ratio",
+            "hinge_excess",
             "npo_beta",
             "target_ratio",
             "trust_region",

@@ -2,16 +2,8 @@
 
 At high noise a state x_t may still become anything, the unwanted included, and the old prediction leads there as often
 as the old model drew it. A model that is held to that prediction, and pushed away only where the unwanted has taken
-shape, turns it into whatever looks most like it. With the unwanted taken out of what the old model draws, Bayes' rule
-gives another prediction instead: with w_j the density of x_t around each drawn image x_j, and u_j the probability that
-the image is unwanted,
-
-    E[x_0 | x_t]  =  sum_j w_j x_j / sum_j w_j            the old model's own
-    E'[x_0 | x_t] =  sum_j w_j (1 - u_j) x_j / sum_j w_j (1 - u_j)
-
-and the target is the old prediction moved by `strength` times the difference. The difference is small where x_t shows
-what it will be, and there the images of a bank lie too far apart to tell it: it is left out. The larger the pictures,
-the more noise that takes; with the schedule and the latents of Stable Diffusion no noise is enough.
+shape, turns it into whatever looks most like it. So the old predictions are moved to those of a model that never saw
+the unwanted (`vdu_fast.unseen`), where the images of the bank can tell them.
 """
 
 from __future__ import annotations
@@ -23,9 +15,10 @@ from torch import Tensor
 
 from vdu_fast.replay import ReplayBank
 from vdu_fast.schedule import NoiseSchedule
+from vdu_fast.unseen import Unseen
 
-# Both means are taken over so many images at least, in effect (1 / sum of squared weights): fewer say what these images
-# are like, not what the model draws.
+# Both means are taken over so many images at least, in effect: fewer say what these images are like, not what the model
+# draws.
 FEWEST_IMAGES = 20.0
 # States at a time: a matrix of so many by the images of the bank is what it takes in memory.
 CHUNK = 500
@@ -115,30 +108,15 @@ def _lead_elsewhere(
         bool [n, S], which were moved.
     """
     guided = torch.zeros(predictions.shape[:2], dtype=torch.bool)
-    images, wanted = bank.images.flatten(1).double(), (1 - unwanted.double()).log()
+    unseen = Unseen(bank.images, unwanted, schedule)
     for slot in range(predictions.shape[1]):
         for rows in torch.arange(len(trajectories)).split(CHUNK):
             own = trajectories[rows]
-            timesteps, x_t = bank.timesteps[own, slot], bank.x_t[own, slot]
-            nearness = _log_density(x_t.flatten(1).double(), images, timesteps, schedule)
-            nearness[torch.arange(len(rows)), own] = -torch.inf
-            old, new = nearness.softmax(dim=1), (nearness + wanted).softmax(dim=1)
-            told = torch.maximum(old.square().sum(dim=1), new.square().sum(dim=1)) <= 1 / FEWEST_IMAGES
-            x0 = strength * ((new - old) @ images).reshape(x_t.shape)
-            # x_t stays where it is, so what x_0 gains the noise loses.
-            signal, noise = schedule.coefficients(timesteps, x0)
-            moved = schedule.target(x0, -signal / noise * x0, timesteps).to(predictions.dtype)
+            change, over = unseen.change(bank.x_t[own, slot], bank.timesteps[own, slot], strength=strength, own=own)
+            told = over >= FEWEST_IMAGES
             guided[rows, slot] = told
-            predictions[rows[told], slot] += moved[told]
+            predictions[rows[told], slot] += change[told].to(predictions.dtype)
     return guided
-
-
-def _log_density(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """log p(x_t | x_0 = each image), [N, M], up to a constant of each state; float64 [N, D], [M, D], int64 [N]."""
-    signal, noise = schedule.coefficients(timesteps, x_t)
-    # ||x_t - signal x_0||^2 without ||x_t||^2, which is the same for all images.
-    distance = signal**2 * images.square().sum(dim=1) - 2 * signal * (x_t @ images.T)
-    return -distance / (2 * noise**2)
 
 
 def _states_to_use(guided: Tensor, keep: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices
+
+# From x_t [B, C, H, W] and timesteps [B] to what is added to a prediction there.
+Change = Callable[[Tensor, Tensor], Tensor]
 
 
 class _FixedBatch:
@@ -37,10 +42,18 @@ class _FixedBatch:
 
     def error(self) -> Tensor:
         """Per-sample weighted squared error with the weights as they are now, float [B]."""
+        return self.errors()[0]
+
+    def errors(self, *changes: Change) -> Tensor:
+        """The same, and what it would be if predictions were changed in each of these ways, float [1 + ways, B]."""
         tensors = self.x_t, self.timesteps, self.target, self.weight
+        found = []
         with self.denoiser.evaluating():
-            parts = zip(*(t.tensor_split(self._calls) for t in tensors), strict=True)
-            return torch.cat([per_sample_error(self.denoiser.predict(x, t), y, w) for x, t, y, w in parts])
+            for x, t, y, w in zip(*(t.tensor_split(self._calls) for t in tensors), strict=True):
+                prediction = self.denoiser.predict(x, t)
+                changed = (prediction + change(x, t).to(prediction) for change in changes)
+                found.append(torch.stack([per_sample_error(p, y, w) for p in (prediction, *changed)]))
+        return torch.cat(found, dim=1)
 
 
 class NoisePredictionProbe(_FixedBatch):
@@ -78,23 +91,31 @@ class NoisePredictionProbe(_FixedBatch):
         super().__init__(denoiser, x_t, timesteps, target, weights, batch_size=batch_size)
 
 
-def error_curve(
-    denoiser: Denoiser, images: Tensor, *, size: int, seed: int, weights: Tensor, batch_size: int = 250
+def error_curves(
+    denoiser: Denoiser,
+    images: Tensor,
+    *changes: Change,
+    size: int,
+    seed: int,
+    weights: Tensor,
+    batch_size: int = 250,
 ) -> Tensor:
-    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [T].
+    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [1 + ways, T].
+
+    The first row is that of the predictions as they are, the others of them changed in each of these ways.
 
     Errors span two orders of magnitude from clean images to noise, so anything that is compared with "the error before"
     needs it at its own timestep. Measured at `size` even timesteps, averaged in the logarithm over a fortieth of the
     range, and interpolated.
     """
     probe = NoisePredictionProbe(denoiser, images, size=size, seed=seed, weights=weights, batch_size=batch_size)
-    log_error = probe.error().double().cpu().clamp_min(1e-12).log()
+    log_errors = probe.errors(*changes).double().cpu().clamp_min(1e-12).log()
     reach = max(1, size // 80)
-    padded = torch.cat([log_error[:reach].flip(0), log_error, log_error[-reach:].flip(0)])
-    smooth = padded.unfold(0, 2 * reach + 1, 1).mean(dim=1).numpy()
+    padded = torch.cat([log_errors[:, :reach].flip(1), log_errors, log_errors[:, -reach:].flip(1)], dim=1)
+    smooth = padded.unfold(1, 2 * reach + 1, 1).mean(dim=2).numpy()
     timesteps = numpy.arange(len(denoiser.schedule))
-    curve = numpy.interp(timesteps, probe.timesteps.cpu().numpy(), smooth)
-    return torch.from_numpy(curve).exp().float().to(denoiser.device)
+    curves = numpy.stack([numpy.interp(timesteps, probe.timesteps.cpu().numpy(), row) for row in smooth])
+    return torch.from_numpy(curves).exp().float().to(denoiser.device)
 
 
 class ReplayProbe(_FixedBatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from vdu_fast.filters import (
     classifier_filter,
     positive_unlabelled_filter,
 )
-from vdu_fast.guidance import guide, passed_on
+from vdu_fast.guidance import FEWEST_IMAGES, guide, passed_on
 from vdu_fast.job import Job
 from vdu_fast.phases import phase
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
+from vdu_fast.unseen import Unseen
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,27 @@ def _check_serves(job: Job, bank: ReplayBank, name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class FilteredBank:
+    """A request's bank once it is filtered.
+
+    Attributes:
+        bank: what is replayed: without what must go, but for noise that is guided elsewhere.
+        report: what the filter did.
+        unseen: what a model would predict that never saw what must go; None where hinge_excess does not ask for it, or
+            too little of it was drawn to tell.
+    """
+
+    bank: ReplayBank
+    report: FilterReport
+    unseen: Unseen | None
+
+
 @phase("filter")
 def filter_bank(
     job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None, *, left: Path | None = None
-) -> tuple[ReplayBank, FilterReport]:
-    """The bank without what must go, but for noise that is guided elsewhere, and the filter's report.
+) -> FilteredBank:
+    """The bank without what must go.
 
     Args:
         job, bank, classifier, forget_label: as for `unlearn`.
@@ -133,8 +150,23 @@ def filter_bank(
         replayed, report = guided.bank, replace(report, guided_states=guided.states, guided_dropped=guided.added)
     else:
         replayed = replayed.keep(found.keep)
+    unseen = _unseen(job, bank, found)
     job.seconds["filter"] = time.perf_counter() - began
-    return replayed, report
+    return FilteredBank(replayed, report, unseen)
+
+
+def _unseen(job: Job, bank: ReplayBank, found: Filtered) -> Unseen | None:
+    """For hinge_excess; None without it, or where too little of what must go was drawn to tell."""
+    if job.config.hinge_excess is None or job.config.bank_filter == "none":
+        return None
+    unseen = Unseen(bank.images, found.unwanted, job.denoiser.schedule)
+    if unseen.amount >= FEWEST_IMAGES:
+        return unseen
+    job.observers.say(
+        f"hinge_excess is left out: only {unseen.amount:.0f} of {len(bank)} replayed images show what must go, too few "
+        "to say what a model would draw that never saw it"
+    )
+    return None
 
 
 def _leave(job: Job, bank: ReplayBank, found: Filtered, path: Path) -> None:

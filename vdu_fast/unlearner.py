@@ -31,7 +31,7 @@ from vdu_fast.pipelines import save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.records import decisive
 from vdu_fast.replay import ReplayBank
-from vdu_fast.request_bank import check_replay, filter_bank, obtain_bank
+from vdu_fast.request_bank import FilteredBank, check_replay, filter_bank, obtain_bank
 from vdu_fast.unlearning_run import UnlearningRun
 
 STATE_FILE = "resume/unlearn.safetensors"
@@ -140,15 +140,16 @@ def unlearn(
             shutil.rmtree(job.output / "resume", ignore_errors=True)
     elif resume:
         raise InputError("resume needs the output folder of the interrupted run.")
-    report = used = None
-    kept: ReplayBank | None = None
+    used: dict[str, Any] | None = None
+    kept: FilteredBank | None = None
     if config.replay_weight > 0:
         whole = obtain_bank(job, bank)
         used = whole.made_from | {"images": len(whole)}
         left = job.output / LEFT_FILE if job.output is not None and pass_on_bank else None
-        kept, report = filter_bank(job, whole, classifier, forget_label, left=left)
+        kept = filter_bank(job, whole, classifier, forget_label, left=left)
         del whole
-    run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
+    run = _begin(job, kept, retained_images)
+    report = kept.report if kept is not None else None
     try:
         reason = _drive(run, job, resume=resume)
         step = run.finish()
@@ -162,6 +163,13 @@ def unlearn(
     if job.output is not None:
         _write(result, job, pass_on_bank=pass_on_bank)
     return result
+
+
+def _begin(job: Job, kept: FilteredBank | None, retained_images: Tensor | None) -> UnlearningRun:
+    bank, unseen = (kept.bank, kept.unseen) if kept is not None else (None, None)
+    return UnlearningRun(
+        job.denoiser, job.images, job.posterior, bank, job.config, unseen=unseen, retained_images=retained_images
+    )
 
 
 def _check_pass_on(config: UnlearnConfig, output: Path | str | None) -> None:

@@ -1,0 +1,49 @@
+"""What a model would predict that never saw the unwanted: where that can be worked out by hand, and where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vdu_fast.schedule import NoiseSchedule
+from vdu_fast.unseen import Unseen
+
+SCHEDULE = NoiseSchedule.from_alphas_cumprod(torch.linspace(0.9999, 0.0001, 50, dtype=torch.float64), "sample")
+# Five images at +1, of which two are unwanted, and five at -1.
+IMAGES = torch.tensor([1.0] * 5 + [-1.0] * 5).reshape(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
+UNWANTED = torch.tensor([1.0, 1.0] + [0.0] * 8)
+CLEAN, NOISE = torch.tensor([0]), torch.tensor([49])
+
+
+def test_in_pure_noise_the_unwanted_are_missing_from_the_mean():
+    change, over = Unseen(IMAGES, UNWANTED, SCHEDULE).change(torch.zeros(1, 1, 2, 2), NOISE)
+    # The mean of all is 0, that of the others (3 - 5) / 8.
+    torch.testing.assert_close(change, torch.full((1, 1, 2, 2), -0.25, dtype=torch.float64))
+    assert over.item() == pytest.approx(8)
+
+
+def test_where_a_state_shows_what_it_will_be_nothing_else_counts():
+    change, over = Unseen(IMAGES, UNWANTED, SCHEDULE).change(torch.ones(1, 1, 2, 2), CLEAN)
+    assert change.abs().max() < 1e-9
+    assert over.item() == pytest.approx(3)
+
+
+def test_without_its_own_image_a_state_of_it_is_led_to_the_others():
+    images = torch.cat([torch.full((1, 1, 2, 2), 3.0), IMAGES])
+    unwanted = torch.cat([torch.ones(1), UNWANTED])
+    states = images[:1].clone()
+    among, without = (
+        Unseen(images, unwanted, SCHEDULE).change(states, CLEAN, own=own)[0] for own in (None, torch.tensor([0]))
+    )
+    assert without.abs().max() < 1e-9  # three of the five next to it are wanted, and all are equal
+    assert among.allclose(torch.tensor(-2.0, dtype=torch.float64))
+
+
+def test_its_strength_is_a_factor():
+    unseen = Unseen(IMAGES, UNWANTED, SCHEDULE)
+    once, twice = (unseen.change(torch.zeros(1, 1, 2, 2), NOISE, strength=s)[0] for s in (1.0, 2.0))
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_the_amount_of_the_unwanted_is_counted_by_its_probabilities():
+    assert Unseen(IMAGES, torch.tensor([0.5, 1.0] + [0.0] * 8), SCHEDULE).amount == pytest.approx(1.5)
