@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from vdu_fast.data import load_images
+from vdu_fast.demo import shipped_model
+from vdu_fast.filters import positive_unlabelled_filter
+from vdu_fast.pipelines import denoiser_of, load_pipeline
+from vdu_fast.probe import error_curves
+from vdu_fast.replay import build_bank
 from vdu_fast.schedule import NoiseSchedule
 from vdu_fast.unseen import Unseen
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "digits"
 SCHEDULE = NoiseSchedule.from_alphas_cumprod(torch.linspace(0.9999, 0.0001, 50, dtype=torch.float64), "sample")
 # Five images at +1, of which two are unwanted, and five at -1.
 IMAGES = torch.tensor([1.0] * 5 + [-1.0] * 5).reshape(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
@@ -47,3 +57,36 @@ def test_its_strength_is_a_factor():
 
 def test_the_amount_of_the_unwanted_is_counted_by_its_probabilities():
     assert Unseen(IMAGES, torch.tensor([0.5, 1.0] + [0.0] * 8), SCHEDULE).amount == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("digit", [3, 5])
+def test_it_tells_what_the_retrained_model_gets_wrong(digit):
+    """Of the shipped model, by its bank and filter, against the protocol's model that never saw the digit."""
+    records = (json.loads(line)["record"] for line in (RESULTS / "runs.jsonl").read_text().splitlines())
+    retrained = next(r for r in records if r.get("method") == "retrain" and r["label"] == digit and "persistence" in r)[
+        "persistence"
+    ]["errors"]
+    denoiser = denoiser_of(load_pipeline(shipped_model()))
+    images = load_images("digits", split="train").only(digit).images
+    bank = build_bank(denoiser, 1000, sampler_steps=20, states=1)
+    unwanted = positive_unlabelled_filter(denoiser, bank.images, images).unwanted
+    unseen = Unseen(bank.images, unwanted, denoiser.schedule)
+    before, without = error_curves(
+        denoiser,
+        images,
+        lambda x_t, timesteps: unseen.change(x_t, timesteps)[0],
+        size=1024,
+        seed=0,
+        weights=denoiser.schedule.timestep_weights("simple"),
+    ).double()
+    compared = 0
+    errors = retrained["forget_train"]
+    for timestep, old, new in zip(retrained["timesteps"], errors["before"], errors["after"], strict=True):
+        if timestep >= 325:
+            told = float(without[timestep] / before[timestep])
+            assert told == pytest.approx(new / old, abs=0.12), timestep
+            compared += 1
+    assert compared == 14
+    # Where images lie too far apart it is too much, which leaves hinge_ratio to be the limit.
+    assert float(without[75] / before[75]) > 1.5 * errors["after"][1] / errors["before"][1]
