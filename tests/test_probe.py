@@ -117,7 +117,7 @@ def test_the_error_curve_follows_the_error_over_the_timesteps(weighting):
     denoiser = Denoiser(Silent(), scheduler, (1, 8, 8))
     images = torch.full((5, 1, 8, 8), 0.3)
     weights = denoiser.schedule.timestep_weights(weighting)
-    curve, noisier = error_curves(denoiser, images, added_noise, size=1024, seed=0, weights=weights)
+    curve, noisier = error_curves(denoiser, images, change=added_noise, size=1024, seed=0, weights=weights)
     assert curve.shape == (1000,)
     assert curve.dtype == torch.float32
     # v = signal eps - noise x_0 has the mean square signal^2 + noise^2 x_0^2.

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import build_pipeline, build_tiny, random_posterior
 from torch import Tensor
 
-from vdu_fast import guidance
+from vdu_fast import guidance, request_bank
 from vdu_fast.checkpoint import fingerprint
 from vdu_fast.cli import main
 from vdu_fast.cli.parser import take
@@ -79,7 +79,7 @@ class TestGrid:
             ({"hinge_ratios": [float("nan")]}, "--hinge_ratios must be positive"),
             ({"gammas": [1.0]}, "--gammas must be in"),
             ({"forget_shares": [0.0]}, "--forget_shares must be above 0"),
-            ({"replay_guidances": [-1.0]}, "--replay_guidances must be 0 or more"),
+            ({"replay_guidances": [-1.0]}, "--replay_guidances must be finite and 0 or more"),
             ({"step_counts": [0, 50]}, "--step_counts must be at least 1"),
             ({"least_forgotten": 0.98 - 1}, "--least_forgotten is a percentage"),
             ({"samples": 4}, "--samples must be at least 8"),
@@ -95,6 +95,7 @@ class TestGrid:
         [
             ({"target_ratio": 2.0}, "--target_ratio ends a run elsewhere"),
             ({"rollback": True}, "--rollback ends a run elsewhere"),
+            ({"forget_share": 0.5}, r"name them there, as in --forget_shares \[0.5\]"),
             ({"bank_filter": "classifier"}, "--bank_filter classifier: a sweep takes no classifier"),
             ({"saturation": "npo"}, "--hinge_ratios .* would all be the same run"),
             ({"bank_filter": "none"}, "--replay_guidances .* nothing tells what is unwanted"),
@@ -184,11 +185,13 @@ class TestSweep:
                 {"bank_filter": "positive_unlabelled", "replay_samples": 60},
                 {"replay_weights": [4.0], "replay_guidances": [0.0, 1.0]},
             ),
+            ({"bank_filter": "positive_unlabelled", "replay_samples": 60, "hinge_excess": 0.5}, {}),
         ],
     )
     def test_a_point_is_what_unlearn_ends_with_bit_for_bit(self, images, tmp_path, monkeypatch, settings, swept):
         """The annealed copies of one trunk are runs of their own lengths."""
         monkeypatch.setattr(guidance, "FEWEST_IMAGES", 2.0)
+        monkeypatch.setattr(request_bank, "FEWEST_UNWANTED", 1)
         weights = {}
         draw = Sweep._draw
 
@@ -289,11 +292,12 @@ class TestSweep:
             sweep_tiny(images, tmp_path, config=config)
         assert not (tmp_path / "settings").exists()
 
-    def test_guidance_that_tells_nothing_ends_the_sweep_after_what_needs_none(self, images, tmp_path):
+    def test_guidance_that_tells_nothing_does_not_end_the_sweep(self, images, tmp_path):
         config = small(bank_filter="positive_unlabelled", replay_samples=60)
-        with pytest.raises(InputError, match="lie too far apart"):
-            sweep_tiny(images, tmp_path, config=config, grid=replace(GRID, replay_guidances=[1.0, 0.0]))
-        assert {path.stem for path in (tmp_path / "settings").iterdir()} == {f"lambda-4-{REST}", f"lambda-8-{REST}"}
+        result = sweep_tiny(images, tmp_path, config=config, grid=replace(GRID, replay_guidances=[0.0, 1.0]))
+        assert {point.replay_guidance for point in result.points} == {0.0}
+        assert len(result.failed) == 2
+        assert all("lie too far apart" in why for why in result.failed.values())
 
     def test_a_damaged_record_is_named(self, images, tmp_path):
         sweep_tiny(images, tmp_path)

@@ -251,15 +251,6 @@ GUIDED = {
     # A schedule of 50 timesteps leaves too little noise.
     "scheduler": DDPMScheduler(num_train_timesteps=1000),
 }
-VARIANTS = [
-    {},
-    {"family": "mean_field", "learn_std": True, "accumulate": 2},
-    {"optimizer": "natural_sign", "momentum": 0.9, "rollback": True, "check_every": 1, "learning_rate": 2.0},
-    {"replay_weight": 0.0, "saturation": "npo", "optimizer": "adam", "learning_rate": 1e-3},
-    {"forget_share": 0.5},
-    GUIDED,
-    GUIDED | {"hinge_excess": 2.0},
-]
 
 
 class Bright(nn.Module):
@@ -272,6 +263,22 @@ class Bright(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         brightness = self.sharpness * pictures.mean(dim=(1, 2, 3))
         return torch.stack((brightness - 2, -brightness), dim=1)
+
+
+BY_CLASSIFIER = {k: v for k, v in GUIDED.items() if k != "replay_guidance"} | {
+    "bank_filter": "classifier",
+    "classifier": Bright(20.0),
+    "forget_label": 0,
+}
+VARIANTS = [
+    {},
+    {"family": "mean_field", "learn_std": True, "accumulate": 2},
+    {"optimizer": "natural_sign", "momentum": 0.9, "rollback": True, "check_every": 1, "learning_rate": 2.0},
+    {"replay_weight": 0.0, "saturation": "npo", "optimizer": "adam", "learning_rate": 1e-3},
+    {"forget_share": 0.5},
+    GUIDED,
+    BY_CLASSIFIER | {"hinge_excess": 0.5},
+]
 
 
 def test_a_guided_bank_leads_elsewhere_and_says_so(images):
@@ -293,23 +300,23 @@ def test_images_too_far_apart_to_guide_are_said_before_the_first_step(images):
         unlearn_tiny(images, **GUIDED | {"scheduler": SCHEDULER})
 
 
-def test_too_little_of_what_must_go_tells_nothing_of_a_model_that_never_saw_it(images, monkeypatch):
-    by_classifier = GUIDED | {"bank_filter": "classifier", "classifier": Bright(), "forget_label": 0}
-    settings = by_classifier | {"replay_guidance": 0.0, "hinge_excess": 0.5, "hinge_ratio": 2.0}
+def test_too_little_of_what_must_go_tells_nothing_of_a_model_that_never_saw_it(images, monkeypatch, caplog):
+    settings = BY_CLASSIFIER | {"hinge_excess": 0.5, "hinge_ratio": 2.0}
 
-    def run(**changes) -> tuple[Tensor, str]:
-        said: list[str] = []
+    def run(**changes) -> tuple[Tensor, bool | None]:
         module = build_tiny()
-        unlearn_tiny(images, module, observers=Observers(on_message=said.append), **settings | changes)
-        return weights(module), "\n".join(said)
+        result = unlearn_tiny(images, module, **settings | changes)
+        return weights(module), result.record()["filter"]["told_unseen"]
 
-    without, _ = run(hinge_excess=None)
-    left_out, said = run()
-    assert re.search(r"hinge_excess is left out: only \d+ of 40 replayed images show what must go", said)
+    without, told = run(hinge_excess=None)
+    assert told is None
+    left_out, told = run()
+    assert told is False
+    assert re.search(r"left out: only \d+ of 40 replayed images show what must go, and 20 are needed", caplog.text)
     assert torch.equal(without, left_out)
-    monkeypatch.setattr(request_bank, "FEWEST_IMAGES", 1.0)
-    limited, said = run()
-    assert "left out" not in said
+    monkeypatch.setattr(request_bank, "FEWEST_UNWANTED", 1)
+    limited, told = run()
+    assert told is True
     assert not torch.equal(without, limited)
 
 
@@ -319,7 +326,8 @@ def test_too_little_of_what_must_go_tells_nothing_of_a_model_that_never_saw_it(i
     ids=["defaults", "mean_field", "rollback", "without bank", "repair", "guided", "hinge excess"],
 )
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
-def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at):
+def test_an_interrupted_run_resumes_to_the_same_bits(images, tmp_path, settings, at, monkeypatch):
+    monkeypatch.setattr(request_bank, "FEWEST_UNWANTED", 1)
     settings = {"steps": 8, "save_every": 3} | settings
     whole = unlearn_tiny(images, **settings)
     out = tmp_path / "out"

@@ -112,10 +112,10 @@ def _lead_elsewhere(
     for slot in range(predictions.shape[1]):
         for rows in torch.arange(len(trajectories)).split(CHUNK):
             own = trajectories[rows]
-            change, over = unseen.change(bank.x_t[own, slot], bank.timesteps[own, slot], strength=strength, own=own)
+            change, over = unseen.change(bank.x_t[own, slot], bank.timesteps[own, slot], own=own)
             told = over >= FEWEST_IMAGES
             guided[rows, slot] = told
-            predictions[rows[told], slot] += change[told].to(predictions.dtype)
+            predictions[rows[told], slot] += (strength * change[told]).to(predictions.dtype)
     return guided
 
 

@@ -42,17 +42,17 @@ class _FixedBatch:
 
     def error(self) -> Tensor:
         """Per-sample weighted squared error with the weights as they are now, float [B]."""
-        return self.errors()[0]
+        return self.errors(None)[0]
 
-    def errors(self, *changes: Change) -> Tensor:
-        """The same, and what it would be if predictions were changed in each of these ways, float [1 + ways, B]."""
+    def errors(self, change: Change | None) -> Tensor:
+        """The same, and where a change is given what it would be with changed predictions, float [1 or 2, B]."""
         tensors = self.x_t, self.timesteps, self.target, self.weight
         found = []
         with self.denoiser.evaluating():
             for x, t, y, w in zip(*(t.tensor_split(self._calls) for t in tensors), strict=True):
                 prediction = self.denoiser.predict(x, t)
-                changed = (prediction + change(x, t).to(prediction) for change in changes)
-                found.append(torch.stack([per_sample_error(p, y, w) for p in (prediction, *changed)]))
+                both = [prediction] if change is None else [prediction, prediction + change(x, t).to(prediction)]
+                found.append(torch.stack([per_sample_error(p, y, w) for p in both]))
         return torch.cat(found, dim=1)
 
 
@@ -94,22 +94,23 @@ class NoisePredictionProbe(_FixedBatch):
 def error_curves(
     denoiser: Denoiser,
     images: Tensor,
-    *changes: Change,
+    *,
+    change: Change | None = None,
     size: int,
     seed: int,
     weights: Tensor,
     batch_size: int = 250,
 ) -> Tensor:
-    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [1 + ways, T].
+    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [1 or 2, T].
 
-    The first row is that of the predictions as they are, the others of them changed in each of these ways.
+    The first row is that of the predictions as they are, the second, where a change is given, of changed ones.
 
     Errors span two orders of magnitude from clean images to noise, so anything that is compared with "the error before"
     needs it at its own timestep. Measured at `size` even timesteps, averaged in the logarithm over a fortieth of the
     range, and interpolated.
     """
     probe = NoisePredictionProbe(denoiser, images, size=size, seed=seed, weights=weights, batch_size=batch_size)
-    log_errors = probe.errors(*changes).double().cpu().clamp_min(1e-12).log()
+    log_errors = probe.errors(change).double().cpu().clamp_min(1e-12).log()
     reach = max(1, size // 80)
     padded = torch.cat([log_errors[:, :reach].flip(1), log_errors, log_errors[:, -reach:].flip(1)], dim=1)
     smooth = padded.unfold(1, 2 * reach + 1, 1).mean(dim=2).numpy()

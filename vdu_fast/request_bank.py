@@ -19,7 +19,7 @@ from vdu_fast.filters import (
     classifier_filter,
     positive_unlabelled_filter,
 )
-from vdu_fast.guidance import FEWEST_IMAGES, guide, passed_on
+from vdu_fast.guidance import guide, passed_on
 from vdu_fast.job import Job
 from vdu_fast.phases import phase
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 BANK_FILE = "resume/bank.safetensors"
 
+# Of fewer, what is told of a model without them is chance.
+FEWEST_UNWANTED = 20
 # What gives a request more images: a bank that is there has as many as it has.
 _MORE = "Raise replay_samples (of a bank that is read, draw a larger one)"
 
@@ -114,20 +116,19 @@ class FilteredBank:
 
 
 @phase("filter")
-def filter_bank(
-    job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None, *, left: Path | None = None
-) -> FilteredBank:
+def filter_bank(job: Job, bank: ReplayBank, found: Filtered, *, left: Path | None = None) -> FilteredBank:
     """The bank without what must go.
 
     Args:
-        job, bank, classifier, forget_label: as for `unlearn`.
+        job: the checked inputs.
+        bank: all of it.
+        found: what the filter says of it, see `filtered`.
         left: file for what is left to the next request; the model that it will serve is not known yet.
 
     Raises:
         InputError: too little is left for a batch, or nothing can be guided.
     """
     config, began = job.config, time.perf_counter()
-    found = filtered(job, bank, classifier, forget_label)
     kept = int(found.keep.sum())
     job.observers.say(found.report.describe())
     if kept < config.replay_batch_size:
@@ -150,21 +151,24 @@ def filter_bank(
         replayed, report = guided.bank, replace(report, guided_states=guided.states, guided_dropped=guided.added)
     else:
         replayed = replayed.keep(found.keep)
-    unseen = _unseen(job, bank, found)
-    job.seconds["filter"] = time.perf_counter() - began
+    unseen = None
+    if config.hinge_excess is not None:
+        unseen = _unseen(job, bank, found)
+        report = replace(report, told_unseen=unseen is not None)
+    job.seconds["filter"] += time.perf_counter() - began
     return FilteredBank(replayed, report, unseen)
 
 
 def _unseen(job: Job, bank: ReplayBank, found: Filtered) -> Unseen | None:
-    """For hinge_excess; None without it, or where too little of what must go was drawn to tell."""
-    if job.config.hinge_excess is None or job.config.bank_filter == "none":
-        return None
-    unseen = Unseen(bank.images, found.unwanted, job.denoiser.schedule)
-    if unseen.amount >= FEWEST_IMAGES:
-        return unseen
-    job.observers.say(
-        f"hinge_excess is left out: only {unseen.amount:.0f} of {len(bank)} replayed images show what must go, too few "
-        "to say what a model would draw that never saw it"
+    """For hinge_excess; None where too little of what must go was drawn to tell."""
+    # Not by the probabilities: next to a clean image of what must go, a rest of doubt makes it the only one wanted.
+    unwanted = (found.unwanted >= 0.5).double()
+    if (drawn := int(unwanted.sum())) >= FEWEST_UNWANTED:
+        return Unseen(bank.images, unwanted, job.denoiser.schedule)
+    logger.warning(
+        "hinge_excess is left out: only %d of %d replayed images show what must go, and %d are needed to say what a "
+        "model would get wrong that never saw it. %s.",
+        *(drawn, len(bank), FEWEST_UNWANTED, _MORE),
     )
     return None
 
@@ -183,8 +187,16 @@ def _leave(job: Job, bank: ReplayBank, found: Filtered, path: Path) -> None:
         )
 
 
+@phase("filter")
 def filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:
-    """What the filter of the settings says of a bank."""
+    """What the filter of the settings says of a bank; the arguments are as for `unlearn`."""
+    began = time.perf_counter()
+    found = _filtered(job, bank, classifier, forget_label)
+    job.seconds["filter"] = time.perf_counter() - began
+    return found
+
+
+def _filtered(job: Job, bank: ReplayBank, classifier: nn.Module | None, forget_label: int | None) -> Filtered:
     config = job.config
     how: dict[str, Any] = {"max_dropped": config.max_dropped, "batch_size": config.inference_batch_size}
     if config.bank_filter == "classifier":

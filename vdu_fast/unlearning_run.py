@@ -51,7 +51,7 @@ class UnlearningRun:
         retained_images: measured at every check and used for nothing else.
 
     Attributes:
-        images_seen: forget and replayed images that steps have put through the network, since this object was made.
+        images_seen: forget and replayed images of the steps since this object was made.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class UnlearningRun:
         self.write_mean()
         self._check_compiled()
         self.start_error = float(self.forget_probe.error().mean())
-        changes = [] if unseen is None or config.hinge_excess is None else [_change(unseen)]
-        curves = error_curves(denoiser, self.images, *changes, **(probe | {"size": 4 * config.check_size}))
+        change = None if unseen is None else _change(unseen)
+        curves = error_curves(denoiser, self.images, change=change, **(probe | {"size": 4 * config.check_size}))
         self.start_curve = curves[0]
-        self.limit_curve = config.hinge_ratio * curves[0]
-        for curve in curves[1:]:
+        self.limit_curve = config.hinge_ratio * self.start_curve
+        if unseen is not None and config.hinge_excess is not None:
+            nearer = self.start_curve + config.hinge_excess * (curves[1] - self.start_curve).clamp_min(0)
             # fmin, as where no image at all is wanted the curve is no number.
-            excess = (curve - curves[0]).clamp_min(0)
-            self.limit_curve = torch.fmin(self.limit_curve, curves[0] + config.hinge_excess * excess)
+            self.limit_curve = torch.fmin(self.limit_curve, nearer)
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
         self.step_number, self.images_seen = 0, 0
         self.history: list[dict[str, float]] = []

@@ -13,6 +13,8 @@ until many images lie near; with the schedule and the latents of Stable Diffusio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,25 +28,19 @@ class Unseen:
         images: float32 [M, C, H, W], what the old model draws.
         unwanted: float [M] in [0, 1], the probability that an image is unwanted.
         schedule: the model's.
-
-    Attributes:
-        amount: how many unwanted images there are, by these probabilities.
     """
 
     def __init__(self, images: Tensor, unwanted: Tensor, schedule: NoiseSchedule) -> None:
         self._images, self._schedule = images.flatten(1).double(), schedule
+        self._squares = torch.linalg.vecdot(self._images, self._images)
         self._wanted = (1 - unwanted.double()).log()
-        self.amount = float(unwanted.sum())
 
-    def change(
-        self, x_t: Tensor, timesteps: Tensor, *, strength: float = 1.0, own: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def change(self, x_t: Tensor, timesteps: Tensor, *, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the old predictions change by, and how much that can be trusted.
 
         Args:
             x_t: [N, C, H, W].
             timesteps: int64 [N].
-            strength: of the difference; 1 is Bayes' rule.
             own: int64 [N], the image that each state became, which would outweigh all others; None: it is not here.
 
         Returns:
@@ -55,15 +51,20 @@ class Unseen:
         if own is not None:
             nearness[torch.arange(len(own)), own] = -torch.inf
         old, new = nearness.softmax(dim=1), (nearness + self._wanted).softmax(dim=1)
-        x0 = strength * ((new - old) @ self._images).reshape(x_t.shape)
+        x0 = ((new - old) @ self._images).reshape(x_t.shape)
         # x_t stays where it is, so what x_0 gains the noise loses.
         signal, noise = self._schedule.coefficients(timesteps, x0)
         change = self._schedule.target(x0, -signal / noise * x0, timesteps)
         return change, 1 / torch.maximum(old.square().sum(dim=1), new.square().sum(dim=1))
 
+    def feed(self, digest: Any) -> None:
+        """Feed a hash of hashlib with all that decides the difference, but for the schedule."""
+        for tensor in (self._images, self._wanted):
+            digest.update(tensor.numpy().tobytes())
+
     def _log_density(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """log p(x_t | x_0 = each image), [N, M], up to a constant of each state; x_t is float64 [N, D]."""
         signal, noise = self._schedule.coefficients(timesteps, x_t)
         # ||x_t - signal x_0||^2 without ||x_t||^2, which is the same for all images.
-        distance = signal**2 * self._images.square().sum(dim=1) - 2 * signal * (x_t @ self._images.T)
+        distance = signal**2 * self._squares - 2 * signal * (x_t @ self._images.T)
         return -distance / (2 * noise**2)

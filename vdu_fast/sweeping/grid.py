@@ -124,7 +124,7 @@ class SweepConfig:
         if not all(0 < share <= 1 for share in self.forget_shares):
             raise InputError(f"--forget_shares must be above 0 and at most 1, got {self.forget_shares}.")
         if not all(math.isfinite(strength) and strength >= 0 for strength in self.replay_guidances):
-            raise InputError(f"--replay_guidances must be 0 or more, got {self.replay_guidances}.")
+            raise InputError(f"--replay_guidances must be finite and 0 or more, got {self.replay_guidances}.")
         if min(self.step_counts) < 1:
             raise InputError(f"--step_counts must be at least 1, got {self.step_counts}.")
         if not 0 < self.least_forgotten <= 100:
@@ -152,6 +152,12 @@ def check_base(config: UnlearnConfig, grid: SweepConfig) -> None:
             raise InputError(
                 f"--{name} ends a run elsewhere than at the numbers of steps that a sweep measures; leave it out. "
                 "--step_counts are the numbers of steps to choose from."
+            )
+    for name in ("forget_share", "replay_guidance"):
+        if getattr(config, name) != getattr(default, name):
+            raise InputError(
+                f"{name} {getattr(config, name)}: a sweep tries the values of its grid; name them there, as in "
+                f"--{name}s [{getattr(config, name)}]."
             )
     if config.bank_filter == "classifier":
         raise InputError(

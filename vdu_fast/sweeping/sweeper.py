@@ -21,13 +21,13 @@ from vdu_fast.checkpoint import fingerprint, fingerprint_tensors, load_tensors, 
 from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
-from vdu_fast.filters import check_positive_unlabelled
+from vdu_fast.filters import Filtered, check_positive_unlabelled
 from vdu_fast.job import Job, Observers, check_inputs
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.replay import ReplayBank
-from vdu_fast.request_bank import FilteredBank, check_replay, filter_bank, obtain_bank
+from vdu_fast.request_bank import FilteredBank, check_replay, filter_bank, filtered, obtain_bank
 from vdu_fast.rng import Stream
 from vdu_fast.sampling import sample_images, sampler_for
 from vdu_fast.sweeping.choice import choose
@@ -135,12 +135,21 @@ class Sweep:
     def bank(self) -> ReplayBank:
         return obtain_bank(self.job, self.bank_file)
 
+    @cached_property
+    def found(self) -> Filtered:
+        """What the filter says of the bank."""
+        return filtered(self.job, self.bank, None, None)
+
     def kept(self, guidance: float) -> FilteredBank:
-        """The bank without what must go, guided so far; the last one is remembered."""
+        """The bank without what must go, guided so far; the last one is remembered.
+
+        Raises:
+            InputError: too little is left, or nothing can be guided.
+        """
         if self._kept is None or self._kept[0] != guidance:
             self._kept = None  # before there are two
             job = replace(self.job, config=replace(self.job.config, replay_guidance=guidance))
-            self._kept = guidance, filter_bank(job, self.bank, None, None)
+            self._kept = guidance, filter_bank(job, self.bank, self.found)
         return self._kept[1]
 
     @cached_property
@@ -223,8 +232,8 @@ class Sweep:
 
     def run(self, setting: Setting) -> dict[str, Any]:
         """Measure a setting, whether it was done before or not; the record is written to its file."""
-        # Made here, because where these fail no setting can be measured.
-        signals, _ = self.signals, self.kept(setting.replay_guidance)
+        # Made here, because where these fail no setting can be measured; guidance can fail alone.
+        signals, _ = self.signals, self.kept(0.0) if setting.replay_guidance == 0 else self.found
         began = time.perf_counter()
         record: dict[str, Any] = {"name": setting.name, "key": self.key(setting), "points": [], "failed": None}
         try:
