@@ -75,6 +75,8 @@ def measure_missing(bench: Bench, jobs: Iterable[tuple[str, dict[str, Any]]]) ->
             "seconds": round(record["seconds"], 1),
             "device": record["device"],
             **stamp(comparison.config),
+            "threads": record["threads"],
+            "torch": record["versions"]["torch"],
             "key": key,
         }
         append(TABLE, COLUMNS, row)
@@ -83,10 +85,11 @@ def measure_missing(bench: Bench, jobs: Iterable[tuple[str, dict[str, Any]]]) ->
 
 def standing(name: str) -> list[tuple[dict[str, Any], dict[str, float]]]:
     """The settings of a method that have run, each with PUL, u-FID and the original model's; the best one first."""
+    measured = {row["changes"]: row for row in rows(TABLE) if row["method"] == name}  # of several rows the last
     found = [
-        (json.loads(row["changes"]), {column: float(row[column]) for column in ("pul", "u_fid", "oracle", "original")})
-        for row in rows(TABLE)
-        if row["method"] == name
+        (changes, {column: float(row[column]) for column in ("pul", "u_fid", "oracle", "original")})
+        for changes in TRIES[name]
+        if (row := measured.get(json.dumps(changes))) is not None
     ]
     return sorted(found, key=lambda item: rank(item[1], FORGOTTEN))
 

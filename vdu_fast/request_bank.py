@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vdu_fast.errors import InputError
 from vdu_fast.filters import (
@@ -161,10 +161,8 @@ def filter_bank(job: Job, bank: ReplayBank, found: Filtered, *, left: Path | Non
 
 def _unseen(job: Job, bank: ReplayBank, found: Filtered) -> Unseen | None:
     """For hinge_excess; None where too little of what must go was drawn to tell."""
-    # Not by the probabilities: next to a clean image of what must go, a rest of doubt makes it the only one wanted.
-    unwanted = (found.unwanted >= 0.5).double()
-    if (drawn := int(unwanted.sum())) >= FEWEST_UNWANTED:
-        return Unseen(bank.images, unwanted, job.denoiser.schedule)
+    if (drawn := int(_goes(found).sum())) >= FEWEST_UNWANTED:
+        return unseen_of(job, bank, found)
     logger.warning(
         "hinge_excess is left out: only %d of %d replayed images show what must go, and %d are needed to say what a "
         "model would get wrong that never saw it. %s.",
@@ -185,6 +183,19 @@ def _leave(job: Job, bank: ReplayBank, found: Filtered, path: Path) -> None:
             "now may come back. See to it with vdu-fast evaluate.",
             *(len(rest), why),
         )
+
+
+def unseen_of(job: Job, bank: ReplayBank, found: Filtered) -> Unseen:
+    """What a model would predict that never saw what must go, by the images of a bank, all of it."""
+    return Unseen(bank.images, _goes(found).double(), job.denoiser.schedule)
+
+
+def _goes(found: Filtered) -> Tensor:
+    """Which images show what must go, bool [N].
+
+    Not by how probable it is: next to a clean image of what must go, a rest of doubt makes it the only one wanted.
+    """
+    return found.unwanted >= 0.5
 
 
 @phase("filter")
