@@ -10,7 +10,7 @@ import torch
 from tiny import build_pipeline, build_tiny, random_posterior
 from torch import Tensor
 
-from vdu_fast import guidance, request_bank, rng
+from vdu_fast import guidance, rng
 from vdu_fast.baselines import METHOD_NAMES, erase_diff, get_method, salun, selective_amnesia, siss, training
 from vdu_fast.baselines.budget import EvaluationCounter, evaluations_of_unlearn
 from vdu_fast.baselines.method import MethodInputs, MethodRun, run_method
@@ -128,12 +128,10 @@ def test_settings_that_make_no_sense():
         (12, {"forget_share": 0.6}),
         (12, {"saturation": "npo"}),
         (12, {"replay_guidance": 1.0}),
-        (12, {"hinge_excess": 4.0}),
     ],
 )
 def test_ours_needs_its_whole_budget(images, changes, monkeypatch):
     monkeypatch.setattr(guidance, "FEWEST_IMAGES", 2.0)  # the bank is small, and the schedule short of noise
-    monkeypatch.setattr(request_bank, "FEWEST_UNWANTED", 0)
     settings = replace(OURS, **changes)
     needed = evaluations_of_unlearn(settings, images)
     inputs = MethodInputs(pictures(images, 1), None, random_posterior(build_pipeline().unet))

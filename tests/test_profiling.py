@@ -27,7 +27,6 @@ from vdu_fast.profiling.measuring import STEP
 from vdu_fast.profiling.report import save_profile
 from vdu_fast.replay import build_bank
 from vdu_fast.unlearner import unlearn
-from vdu_fast.unseen import Unseen
 
 SMALL = {
     "steps": 40, "batch_size": 8, "replay_batch_size": 6, "replay_samples": 100, "replay_sampler_steps": 8,
@@ -99,22 +98,6 @@ class TestProfile:
             filtering = profile(tiny_module, images, config=settings, **how).part("filter")
         # 100 images instead of 32, against as many.
         assert filtering.seconds > 0.05 * (100 / 32) ** 2
-
-    def test_what_a_limit_in_the_noise_takes_is_in_the_start(self, tiny_module, scheduler, images):
-        settings = small(bank_filter="positive_unlabelled", feature_module="encode", hinge_excess=3.0)
-        how = {"posterior": random_posterior(tiny_module), "scheduler": scheduler, "steps": 1, "warmup": 0}
-        change, asked = Unseen.change, []
-
-        def slowly(self, x_t, timesteps):
-            asked.append(len(x_t))
-            time.sleep(0.05)
-            return change(self, x_t, timesteps)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Unseen, "change", slowly)
-            starting = profile(tiny_module, images, config=settings, **how).part("start")
-        assert sum(asked) == 4 * settings.check_size
-        assert starting.seconds > 0.05 * len(asked)
 
     def test_steps_that_only_repair_are_measured_too(self, tiny_module, scheduler, images):
         posterior, settings = random_posterior(tiny_module), small(steps=40, forget_share=0.25)

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import build_pipeline, build_tiny, random_posterior
 from torch import Tensor
 
-from vdu_fast import guidance, request_bank
+from vdu_fast import guidance
 from vdu_fast.checkpoint import fingerprint
 from vdu_fast.cli import main
 from vdu_fast.cli.parser import take
@@ -185,13 +185,11 @@ class TestSweep:
                 {"bank_filter": "positive_unlabelled", "replay_samples": 60},
                 {"replay_weights": [4.0], "replay_guidances": [0.0, 1.0]},
             ),
-            ({"bank_filter": "positive_unlabelled", "replay_samples": 60, "hinge_excess": 0.5}, {}),
         ],
     )
     def test_a_point_is_what_unlearn_ends_with_bit_for_bit(self, images, tmp_path, monkeypatch, settings, swept):
         """The annealed copies of one trunk are runs of their own lengths."""
         monkeypatch.setattr(guidance, "FEWEST_IMAGES", 2.0)
-        monkeypatch.setattr(request_bank, "FEWEST_UNWANTED", 1)
         weights = {}
         draw = Sweep._draw
 

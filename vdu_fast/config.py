@@ -45,10 +45,6 @@ class UnlearnConfig:
         saturation: how the forget term lets go: "hinge" at hinge_ratio, "npo" softly, or "none" (unbounded).
         hinge_ratio: under "hinge", a sample is let go when its error reaches this multiple of what the forget data had
             at that timestep before.
-        hinge_excess: under "hinge", a sample is let go, too, when its error is above what the forget data had at that
-            timestep before by so many times what a model that never saw them would have it above that, as a filtered
-            replay bank tells (see vdu_fast.unseen): in the noise that is little, and more costs what stays. null is no
-            such limit.
         npo_beta: under "npo", in units of 1 / what the error was at that timestep before.
         target_ratio: stop when the forget loss on a fixed batch with fixed noise reaches this multiple of its start.
         trust_region: the forget term acts only while B per parameter is below this.
@@ -102,7 +98,6 @@ class UnlearnConfig:
     timestep_window: tuple[int, int] | None = None
     saturation: Saturation = "hinge"
     hinge_ratio: float = 3.0
-    hinge_excess: float | None = field(default=None, metadata={"off": None})
     npo_beta: float = 1.0
     target_ratio: float | None = None
     trust_region: float | None = None
@@ -155,7 +150,6 @@ class UnlearnConfig:
         for name in (
             "learning_rate",
             "hinge_ratio",
-            "hinge_excess",
             "npo_beta",
             "target_ratio",
             "trust_region",
@@ -178,15 +172,6 @@ class UnlearnConfig:
                 "replay_guidance needs a bank_filter that tells what is unwanted: use 'positive_unlabelled' or "
                 "'classifier', or leave replay_guidance at 0."
             )
-        for needed, there in {
-            "saturation 'hinge'": self.saturation == "hinge",
-            "a replay bank (replay_weight above 0)": self.replay_weight > 0,
-            "a bank_filter that tells what is unwanted": self.bank_filter != "none",
-            # Its limit is measured at the mean, and errors at sampled weights are larger from the first step on.
-            "family 'mean_only'": self.family == "mean_only",
-        }.items():
-            if self.hinge_excess is not None and not there:
-                raise InputError(f"hinge_excess {self.hinge_excess} needs {needed}; set that, or leave it out.")
         if not 0 <= self.replay_focus <= 1:
             raise InputError(
                 f"replay_focus must be in [0, 1], the share of a replay batch that is like what must go, got "

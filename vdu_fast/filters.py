@@ -58,8 +58,6 @@ class FilterReport:
         guided_states: replayed states whose targets are those of a model that does not draw the unwanted; None without
             guidance.
         guided_dropped: dropped images whose noise is replayed with such targets; None without guidance.
-        told_unseen: whether enough of what must go was drawn to tell what a model that never saw it would get wrong, so
-            that hinge_excess is in force; None without hinge_excess.
     """
 
     method: str
@@ -69,7 +67,6 @@ class FilterReport:
     limited: bool = False
     guided_states: int | None = None
     guided_dropped: int | None = None
-    told_unseen: bool | None = None
 
     def describe(self) -> str:
         """One line for people."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy
 import torch
 from torch import Tensor
@@ -13,9 +11,6 @@ from vdu_fast.ops import standard_normal
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices
-
-# From x_t [B, C, H, W] and timesteps [B] to what is added to a prediction there.
-Change = Callable[[Tensor, Tensor], Tensor]
 
 
 class _FixedBatch:
@@ -42,18 +37,10 @@ class _FixedBatch:
 
     def error(self) -> Tensor:
         """Per-sample weighted squared error with the weights as they are now, float [B]."""
-        return self.errors(None)[0]
-
-    def errors(self, change: Change | None) -> Tensor:
-        """The same, and where a change is given what it would be with changed predictions, float [1 or 2, B]."""
         tensors = self.x_t, self.timesteps, self.target, self.weight
-        found = []
         with self.denoiser.evaluating():
-            for x, t, y, w in zip(*(t.tensor_split(self._calls) for t in tensors), strict=True):
-                prediction = self.denoiser.predict(x, t)
-                both = [prediction] if change is None else [prediction, prediction + change(x, t).to(prediction)]
-                found.append(torch.stack([per_sample_error(p, y, w) for p in both]))
-        return torch.cat(found, dim=1)
+            parts = zip(*(t.tensor_split(self._calls) for t in tensors), strict=True)
+            return torch.cat([per_sample_error(self.denoiser.predict(x, t), y, w) for x, t, y, w in parts])
 
 
 class NoisePredictionProbe(_FixedBatch):
@@ -91,32 +78,23 @@ class NoisePredictionProbe(_FixedBatch):
         super().__init__(denoiser, x_t, timesteps, target, weights, batch_size=batch_size)
 
 
-def error_curves(
-    denoiser: Denoiser,
-    images: Tensor,
-    *,
-    change: Change | None = None,
-    size: int,
-    seed: int,
-    weights: Tensor,
-    batch_size: int = 250,
+def error_curve(
+    denoiser: Denoiser, images: Tensor, *, size: int, seed: int, weights: Tensor, batch_size: int = 250
 ) -> Tensor:
-    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [1 or 2, T].
-
-    The first row is that of the predictions as they are, the second, where a change is given, of changed ones.
+    """The error on `images` as a function of the timestep, with the weights as they are now, float32 [T].
 
     Errors span two orders of magnitude from clean images to noise, so anything that is compared with "the error before"
     needs it at its own timestep. Measured at `size` even timesteps, averaged in the logarithm over a fortieth of the
     range, and interpolated.
     """
     probe = NoisePredictionProbe(denoiser, images, size=size, seed=seed, weights=weights, batch_size=batch_size)
-    log_errors = probe.errors(change).double().cpu().clamp_min(1e-12).log()
+    log_error = probe.error().double().cpu().clamp_min(1e-12).log()
     reach = max(1, size // 80)
-    padded = torch.cat([log_errors[:, :reach].flip(1), log_errors, log_errors[:, -reach:].flip(1)], dim=1)
-    smooth = padded.unfold(1, 2 * reach + 1, 1).mean(dim=2).numpy()
+    padded = torch.cat([log_error[:reach].flip(0), log_error, log_error[-reach:].flip(0)])
+    smooth = padded.unfold(0, 2 * reach + 1, 1).mean(dim=1).numpy()
     timesteps = numpy.arange(len(denoiser.schedule))
-    curves = numpy.stack([numpy.interp(timesteps, probe.timesteps.cpu().numpy(), row) for row in smooth])
-    return torch.from_numpy(curves).exp().float().to(denoiser.device)
+    curve = numpy.interp(timesteps, probe.timesteps.cpu().numpy(), smooth)
+    return torch.from_numpy(curve).exp().float().to(denoiser.device)
 
 
 class ReplayProbe(_FixedBatch):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vdu_fast.errors import InputError
 from vdu_fast.filters import (
@@ -23,14 +23,11 @@ from vdu_fast.guidance import guide, passed_on
 from vdu_fast.job import Job
 from vdu_fast.phases import phase
 from vdu_fast.replay import ReplayBank, build_bank, check_memory
-from vdu_fast.unseen import Unseen
 
 logger = logging.getLogger(__name__)
 
 BANK_FILE = "resume/bank.safetensors"
 
-# Of fewer, what is told of a model without them is chance.
-FEWEST_UNWANTED = 20
 # What gives a request more images: a bank that is there has as many as it has.
 _MORE = "Raise replay_samples (of a bank that is read, draw a larger one)"
 
@@ -99,25 +96,11 @@ def _check_serves(job: Job, bank: ReplayBank, name: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class FilteredBank:
-    """A request's bank once it is filtered.
-
-    Attributes:
-        bank: what is replayed: without what must go, but for noise that is guided elsewhere.
-        report: what the filter did.
-        unseen: what a model would predict that never saw what must go; None where hinge_excess does not ask for it, or
-            too little of it was drawn to tell.
-    """
-
-    bank: ReplayBank
-    report: FilterReport
-    unseen: Unseen | None
-
-
 @phase("filter")
-def filter_bank(job: Job, bank: ReplayBank, found: Filtered, *, left: Path | None = None) -> FilteredBank:
-    """The bank without what must go.
+def filter_bank(
+    job: Job, bank: ReplayBank, found: Filtered, *, left: Path | None = None
+) -> tuple[ReplayBank, FilterReport]:
+    """The bank without what must go, but for noise that is guided elsewhere, and the filter's report.
 
     Args:
         job: the checked inputs.
@@ -151,24 +134,8 @@ def filter_bank(job: Job, bank: ReplayBank, found: Filtered, *, left: Path | Non
         replayed, report = guided.bank, replace(report, guided_states=guided.states, guided_dropped=guided.added)
     else:
         replayed = replayed.keep(found.keep)
-    unseen = None
-    if config.hinge_excess is not None:
-        unseen = _unseen(job, bank, found)
-        report = replace(report, told_unseen=unseen is not None)
     job.seconds["filter"] += time.perf_counter() - began
-    return FilteredBank(replayed, report, unseen)
-
-
-def _unseen(job: Job, bank: ReplayBank, found: Filtered) -> Unseen | None:
-    """For hinge_excess; None where too little of what must go was drawn to tell."""
-    if (drawn := int(_goes(found).sum())) >= FEWEST_UNWANTED:
-        return unseen_of(job, bank, found)
-    logger.warning(
-        "hinge_excess is left out: only %d of %d replayed images show what must go, and %d are needed to say what a "
-        "model would get wrong that never saw it. %s.",
-        *(drawn, len(bank), FEWEST_UNWANTED, _MORE),
-    )
-    return None
+    return replayed, report
 
 
 def _leave(job: Job, bank: ReplayBank, found: Filtered, path: Path) -> None:
@@ -183,19 +150,6 @@ def _leave(job: Job, bank: ReplayBank, found: Filtered, path: Path) -> None:
             "now may come back. See to it with vdu-fast evaluate.",
             *(len(rest), why),
         )
-
-
-def unseen_of(job: Job, bank: ReplayBank, found: Filtered) -> Unseen:
-    """What a model would predict that never saw what must go, by the images of a bank, all of it."""
-    return Unseen(bank.images, _goes(found).double(), job.denoiser.schedule)
-
-
-def _goes(found: Filtered) -> Tensor:
-    """Which images show what must go, bool [N].
-
-    Not by how probable it is: next to a clean image of what must go, a rest of doubt makes it the only one wanted.
-    """
-    return found.unwanted >= 0.5
 
 
 @phase("filter")

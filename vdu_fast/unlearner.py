@@ -31,9 +31,8 @@ from vdu_fast.pipelines import save_pipeline
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.records import decisive
 from vdu_fast.replay import ReplayBank
-from vdu_fast.request_bank import FilteredBank, check_replay, filter_bank, filtered, obtain_bank
+from vdu_fast.request_bank import check_replay, filter_bank, filtered, obtain_bank
 from vdu_fast.unlearning_run import UnlearningRun
-from vdu_fast.unseen import Unseen
 
 STATE_FILE = "resume/unlearn.safetensors"
 LAST_GOOD = "last-good"
@@ -141,22 +140,17 @@ def unlearn(
             shutil.rmtree(job.output / "resume", ignore_errors=True)
     elif resume:
         raise InputError("resume needs the output folder of the interrupted run.")
-    used: dict[str, Any] | None = None
-    kept: FilteredBank | None = None
+    report = used = None
+    kept: ReplayBank | None = None
     if config.replay_weight > 0:
         whole = obtain_bank(job, bank)
         used = whole.made_from | {"images": len(whole)}
         left = job.output / LEFT_FILE if job.output is not None and pass_on_bank else None
-        kept = filter_bank(job, whole, filtered(job, whole, classifier, forget_label), left=left)
+        kept, report = filter_bank(job, whole, filtered(job, whole, classifier, forget_label), left=left)
         del whole
-    bank_of_run, report, unseen = (kept.bank, kept.report, kept.unseen) if kept is not None else (None, None, None)
-    run = UnlearningRun(
-        job.denoiser, job.images, job.posterior, bank_of_run, config, unseen=unseen, retained_images=retained_images
-    )
+    run = UnlearningRun(job.denoiser, job.images, job.posterior, kept, config, retained_images=retained_images)
     try:
-        identity = _identity(run, job, unseen)
-        del kept, unseen  # another copy of the bank's images
-        reason = _drive(run, job, identity, resume=resume)
+        reason = _drive(run, job, resume=resume)
         step = run.finish()
     except BaseException:
         run.write_mean()
@@ -183,10 +177,11 @@ def _check_pass_on(config: UnlearnConfig, output: Path | str | None) -> None:
         )
 
 
-def _drive(run: UnlearningRun, job: Job, identity: str, *, resume: bool) -> str:
+def _drive(run: UnlearningRun, job: Job, *, resume: bool) -> str:
     """Take steps until a guard says stop, saving the state on the way."""
     config = job.config
     state_file = job.output / STATE_FILE if job.output is not None else None
+    identity = _identity(run, job)
     seconds, earlier = job.seconds, 0.0
     if resume:
         assert state_file is not None
@@ -236,7 +231,7 @@ def _drive(run: UnlearningRun, job: Job, identity: str, *, resume: bool) -> str:
     return reason
 
 
-def _identity(run: UnlearningRun, job: Job, unseen: Unseen | None) -> str:
+def _identity(run: UnlearningRun, job: Job) -> str:
     """A digest of all that decides the course of a run, so that a resumed one cannot silently become another."""
     digest = hashlib.sha256(json.dumps(decisive(job.config), sort_keys=True).encode())
     for tensor in (run.weights.center, run.weights.prior_std, job.images):
@@ -245,8 +240,6 @@ def _identity(run: UnlearningRun, job: Job, unseen: Unseen | None) -> str:
         digest.update(run.bank.images.numpy().tobytes())
         if job.config.replay_guidance > 0:
             digest.update(run.bank.predictions.numpy().tobytes())
-    if unseen is not None:
-        unseen.feed(digest)
     return digest.hexdigest()[:32]
 
 

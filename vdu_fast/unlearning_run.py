@@ -21,10 +21,9 @@ from vdu_fast.phases import phase
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.prefetch import Prefetcher
-from vdu_fast.probe import Change, NoisePredictionProbe, ReplayProbe, error_curves
+from vdu_fast.probe import NoisePredictionProbe, ReplayProbe, error_curve
 from vdu_fast.replay import ReplayBank
 from vdu_fast.rng import Stream, batch_indices, randint
-from vdu_fast.unseen import Unseen
 
 
 def check_run(denoiser: Denoiser, posterior: GaussianPosterior, config: UnlearnConfig) -> None:
@@ -47,7 +46,6 @@ class UnlearningRun:
         posterior: over at least the trainable parameters.
         bank: the filtered replay bank, or None when replay_weight is 0.
         config: the settings.
-        unseen: what a model would predict that never saw the forget images, for hinge_excess; None: nothing tells.
         retained_images: measured at every check and used for nothing else.
 
     Attributes:
@@ -62,7 +60,6 @@ class UnlearningRun:
         bank: ReplayBank | None,
         config: UnlearnConfig,
         *,
-        unseen: Unseen | None = None,
         retained_images: Tensor | None = None,
     ) -> None:
         self.denoiser, self.images, self.bank, self.config = denoiser, forget_images, bank, config
@@ -84,16 +81,14 @@ class UnlearningRun:
         self._training = denoiser.module.training
         denoiser.module.eval()
         try:
-            self._measure_start(posterior, unseen, retained_images)
+            self._measure_start(posterior, retained_images)
         except BaseException:
             # Nobody gets this object then, so nobody else could give the module back.
             self.release()
             raise
 
     @phase("start")
-    def _measure_start(
-        self, posterior: GaussianPosterior, unseen: Unseen | None, retained_images: Tensor | None
-    ) -> None:
+    def _measure_start(self, posterior: GaussianPosterior, retained_images: Tensor | None) -> None:
         """Put q's mean into the network, and measure there what the run is later compared with."""
         config, denoiser = self.config, self.denoiser
         self.weights = self._variational_weights(posterior)
@@ -116,14 +111,7 @@ class UnlearningRun:
         self.write_mean()
         self._check_compiled()
         self.start_error = float(self.forget_probe.error().mean())
-        change = None if unseen is None else _change(unseen)
-        curves = error_curves(denoiser, self.images, change=change, **(probe | {"size": 4 * config.check_size}))
-        self.start_curve = curves[0]
-        self.limit_curve = config.hinge_ratio * self.start_curve
-        if unseen is not None and config.hinge_excess is not None:
-            nearer = self.start_curve + config.hinge_excess * (curves[1] - self.start_curve).clamp_min(0)
-            # fmin, as where no image at all is wanted the curve is no number.
-            self.limit_curve = torch.fmin(self.limit_curve, nearer)
+        self.start_curve = error_curve(denoiser, self.images, **(probe | {"size": 4 * config.check_size}))
         self.start_retained = float(self.retained_probe.error().mean()) if self.retained_probe else None
         self.step_number, self.images_seen = 0, 0
         self.history: list[dict[str, float]] = []
@@ -288,12 +276,12 @@ class UnlearningRun:
     @phase("loss")
     def _ascent(self, error: Tensor, timesteps: Tensor, reference: Tensor | None) -> Tensor:
         """The term -(1 - gamma) A, from the errors of a forget batch, [B], at its timesteps."""
-        config = self.config
+        config, before = self.config, self.start_curve[timesteps]
         ascent = ascent_loss(
             error,
             config.saturation,
-            limit=self.limit_curve[timesteps],
-            beta=config.npo_beta / self.start_curve[timesteps],
+            limit=config.hinge_ratio * before,
+            beta=config.npo_beta / before,
             reference=reference,
         )
         return (1 - config.gamma) * self.forget_scale * ascent
@@ -351,7 +339,7 @@ class UnlearningRun:
         self.write_mean()
         error = self.forget_probe.error()
         checked = {"forget_ratio": float(error.mean()) / self.start_error}
-        bounded = torch.minimum(error, self.limit_curve[self.forget_probe.timesteps]).mean()
+        bounded = torch.minimum(error, config.hinge_ratio * self.start_curve[self.forget_probe.timesteps]).mean()
         objective = -(1 - config.gamma) * self.forget_scale * float(bounded) + self.kl_weight * self.weights.kl
         if self.replay_probe is not None:
             checked["replay_check"] = float(self.replay_probe.error().mean())
@@ -431,8 +419,3 @@ class UnlearningRun:
         if "best" in state:
             objective, step = state["best"].tolist()
             self.best = (objective, int(step), state["best_z"].clone())
-
-
-def _change(unseen: Unseen) -> Change:
-    """How predictions of a network on any device would be others."""
-    return lambda x_t, timesteps: unseen.change(x_t.cpu(), timesteps.cpu())[0]

@@ -13,8 +13,6 @@ until many images lie near; with the schedule and the latents of Stable Diffusio
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -56,11 +54,6 @@ class Unseen:
         signal, noise = self._schedule.coefficients(timesteps, x0)
         change = self._schedule.target(x0, -signal / noise * x0, timesteps)
         return change, 1 / torch.maximum(old.square().sum(dim=1), new.square().sum(dim=1))
-
-    def feed(self, digest: Any) -> None:
-        """Feed a hash of hashlib with all that decides the difference, but for the schedule."""
-        for tensor in (self._images, self._wanted):
-            digest.update(tensor.numpy().tobytes())
 
     def _log_density(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """log p(x_t | x_0 = each image), [N, M], up to a constant of each state; x_t is float64 [N, D]."""

@@ -98,8 +98,8 @@ def _print_result(files: SweepFiles, output: Path, result: SweepResult, grid: Sw
     if not result.reached:
         print(
             f"warning: no setting reached an estimated PUL of {grid.least_forgotten:g}; the one that forgets most is "
-            "taken. Try smaller --replay_weights, larger --hinge_ratios (or --hinge_excess, where it is given) or more "
-            "--step_counts, or ask for less with --least_forgotten.",
+            "taken. Try smaller --replay_weights, larger --hinge_ratios or more --step_counts, or ask for less with "
+            "--least_forgotten.",
             file=sys.stderr,
         )
     print(

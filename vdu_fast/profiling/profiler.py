@@ -96,11 +96,9 @@ def profile(
     if config.replay_weight > 0:
         check_replay(job, bank, classifier, forget_label)
         replay = ReplayCosts(job, bank, classifier, forget_label, report)
-    device = job.denoiser.device
-    used, unseen = (replay.bank, replay.unseen) if replay is not None else (None, None)
+    device, used = job.denoiser.device, replay.bank if replay is not None else None
     run, seconds = timed(
-        device,
-        lambda: UnlearningRun(job.denoiser, job.images, job.posterior, used, _for_measuring(config), unseen=unseen),
+        device, lambda: UnlearningRun(job.denoiser, job.images, job.posterior, used, _for_measuring(config))
     )
     start = RunPart("start", seconds, False, "measured")
     try:

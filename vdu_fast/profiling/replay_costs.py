@@ -16,8 +16,7 @@ from vdu_fast.job import Job
 from vdu_fast.profiling.measuring import Report, timed
 from vdu_fast.profiling.record import RunPart
 from vdu_fast.replay import ReplayBank, bank_bytes, build_bank
-from vdu_fast.request_bank import filtered, obtain_bank, unseen_of
-from vdu_fast.unseen import Unseen
+from vdu_fast.request_bank import filtered, obtain_bank
 
 # Batches, and sampler steps of each, of the bank that is drawn to learn what a whole one takes.
 BATCHES, STEPS = 2, 3
@@ -37,7 +36,6 @@ class ReplayCosts:
     Attributes:
         bank: to take steps with: the user's own, where there is one, or a small one.
         nbytes: of the bank that the run will have.
-        unseen: for the run, where hinge_excess asks for it.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class ReplayCosts:
         self._job, self._classifier, self._forget_label, self._report = job, classifier, forget_label, report
         self._call = self._filter = self._guide = math.inf
         self._read: float | None = None
-        self.unseen: Unseen | None = None
         config, batch = job.config, job.config.inference_batch_size
         if isinstance(bank, ReplayBank) or (bank is not None and Path(bank).is_file()):
             self.bank, self._read = timed(job.denoiser.device, lambda: obtain_bank(job, bank))
@@ -120,8 +117,6 @@ class ReplayCosts:
             how = self._job, self.bank, self._classifier, self._forget_label
             found, seconds = timed(self._job.denoiser.device, lambda: filtered(*how))
             self._filter = min(self._filter, seconds)
-            if self._job.config.hinge_excess is not None:
-                self.unseen = unseen_of(self._job, self.bank, found)
             if (strength := self._job.config.replay_guidance) > 0:
                 told = self.bank, found.keep, found.unwanted, self._job.denoiser.schedule
                 _, seconds = timed(self._job.denoiser.device, lambda: guide(*told, strength=strength))

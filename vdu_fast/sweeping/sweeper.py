@@ -27,7 +27,7 @@ from vdu_fast.pipelines import Denoiser
 from vdu_fast.posterior import GaussianPosterior
 from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.replay import ReplayBank
-from vdu_fast.request_bank import FilteredBank, check_replay, filter_bank, filtered, obtain_bank
+from vdu_fast.request_bank import check_replay, filter_bank, filtered, obtain_bank
 from vdu_fast.rng import Stream
 from vdu_fast.sampling import sample_images, sampler_for
 from vdu_fast.sweeping.choice import choose
@@ -128,7 +128,7 @@ class Sweep:
         self._model = fingerprint(self.original.module)
         config = job.config
         made_from = [self._model, config.replay_samples, config.replay_sampler_steps, config.replay_states, config.seed]
-        self._kept: tuple[float, FilteredBank] | None = None
+        self._kept: tuple[float, ReplayBank] | None = None
         self.bank_file = bank or output / f"bank-{digest(made_from)}.safetensors"
 
     @cached_property
@@ -140,7 +140,7 @@ class Sweep:
         """What the filter says of the bank."""
         return filtered(self.job, self.bank, None, None)
 
-    def kept(self, guidance: float) -> FilteredBank:
+    def kept(self, guidance: float) -> ReplayBank:
         """The bank without what must go, guided so far; the last one is remembered.
 
         Raises:
@@ -149,7 +149,7 @@ class Sweep:
         if self._kept is None or self._kept[0] != guidance:
             self._kept = None  # before there are two
             job = replace(self.job, config=replace(self.job.config, replay_guidance=guidance))
-            self._kept = guidance, filter_bank(job, self.bank, self.found)
+            self._kept = guidance, filter_bank(job, self.bank, self.found)[0]
         return self._kept[1]
 
     @cached_property
@@ -260,7 +260,7 @@ class Sweep:
         self.worker.module.load_state_dict(self.original.module.state_dict())
         config = setting.applied(self.job.config, max(self.grid.step_counts))
         kept = self.kept(setting.replay_guidance)
-        run = UnlearningRun(self.worker, self.job.images, self.job.posterior, kept.bank, config, unseen=kept.unseen)
+        run = UnlearningRun(self.worker, self.job.images, self.job.posterior, kept, config)
         try:
             for steps in annealed_states(run, self.grid.step_counts):
                 yield run, steps
