@@ -4,7 +4,8 @@
 
 The eight settings of each method that tune_methods.py tries on the digits, on one class that the table of `protocol.py
 fashion_mnist` does not compare methods on, with its model, judge and budget, one seed, and other starting noise. What
-stands first by tune_methods.py's rule is what the method has in that table. (Ours was given more: fashion_settings.py.)
+stands first by tune_methods.py's rule, once all eight have run, is what the method is given in that table. (Ours was
+given more: fashion_settings.py.)
 Every run appends a row to benchmarks/results/fashion_mnist/method_settings.csv; what has a row already is not run.
 `--part 0/2` takes every second run.
 """
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_settings import EVALUATION_SEED, quality
-from fashion_settings import NAME
+from default_settings import EVALUATION_SEED
+from fashion_settings import NAME, measured
 from protocol import PROTOCOLS, RESULTS, Bench
 from published_runs import PublishedRuns
 from tune_methods import SETTINGS, rank
 
 from vdu_fast.baselines import get_method
-from vdu_fast.benchmarks.ledger import STAMP, append, rows, stamp
+from vdu_fast.benchmarks.ledger import STAMP, append, rows
 from vdu_fast.comparison import Comparison, Job
 from vdu_fast.errors import InputError
 
@@ -60,24 +61,17 @@ def measure_missing(bench: Bench, jobs: Iterable[tuple[str, dict[str, Any]]]) ->
     known = {row["key"] for row in rows(TABLE)}
     for name, changes in jobs:
         comparison, job = comparison_of(bench, name, changes), Job(CLASS, name, 0)
-        key = comparison.key(job)
-        if key in known:
+        if comparison.key(job) in known:
             continue
         record = comparison.finished(job) or comparison.run(job)
         row = {
             "method": name,
             "changes": json.dumps(changes),
-            "class": record["class"],
-            **quality(record["metrics"]),
+            **measured(record, comparison),
             "original": round(record["metrics"]["u_fid"]["before"], 3),
             "evaluations": record["evaluations"],
             "steps": record["steps"],
             "seconds": round(record["seconds"], 1),
-            "device": record["device"],
-            **stamp(comparison.config),
-            "threads": record["threads"],
-            "torch": record["versions"]["torch"],
-            "key": key,
         }
         append(TABLE, COLUMNS, row)
         print(*(f"{column} {row[column]}" for column in COLUMNS[:9]), flush=True)
@@ -85,11 +79,11 @@ def measure_missing(bench: Bench, jobs: Iterable[tuple[str, dict[str, Any]]]) ->
 
 def standing(name: str) -> list[tuple[dict[str, Any], dict[str, float]]]:
     """The settings of a method that have run, each with PUL, u-FID and the original model's; the best one first."""
-    measured = {row["changes"]: row for row in rows(TABLE) if row["method"] == name}  # of several rows the last
+    by_changes = {row["changes"]: row for row in rows(TABLE) if row["method"] == name}  # of several rows the last
     found = [
         (changes, {column: float(row[column]) for column in ("pul", "u_fid", "oracle", "original")})
         for changes in TRIES[name]
-        if (row := measured.get(json.dumps(changes))) is not None
+        if (row := by_changes.get(json.dumps(changes))) is not None
     ]
     return sorted(found, key=lambda item: rank(item[1], FORGOTTEN))
 
@@ -110,7 +104,7 @@ def main() -> None:
         try:
             published = PublishedRuns(RESULTS / NAME, arguments.output)
             bench = Bench(PROTOCOLS[NAME], arguments.data, arguments.output, 1, take_over=published)
-            jobs = [(name, changes) for name in arguments.methods for changes in TRIES[name]]
+            jobs = [job for job in JOBS if job[0] in arguments.methods]
             measure_missing(bench, jobs[number::parts])
         except InputError as error:
             parser.exit(1, f"{error}\n")

@@ -78,9 +78,12 @@ def comparison_of(bench: Bench, changes: dict[str, Any], folder: str) -> Compari
 
 
 def row_of(name: str, record: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
+    return {"setting": name, "changes": json.dumps(SETTINGS[name]), **measured(record, comparison)}
+
+
+def measured(record: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
+    """The columns of a row that say what a run found, and how; threads and torch are the run's, not those of now."""
     return {
-        "setting": name,
-        "changes": json.dumps(SETTINGS[name]),
         "class": record["class"],
         **quality(record["metrics"]),
         "device": record["device"],

@@ -82,8 +82,8 @@ def sweep(
             weights stay as they are.
         output: folder for the replay bank, the samples of the original model and one file per setting. What is in it
             from the same inputs is not made again.
-        config: all other settings; what the grid holds replaces gamma, replay_weight, hinge_ratio, forget_share,
-            replay_guidance and steps of it.
+        config: all other settings; gamma, replay_weight, hinge_ratio and steps of it are replaced by the grid's, and
+            forget_share and replay_guidance are refused, but at their defaults.
         grid: what is tried and how it is measured.
         bank: file of a replay bank, read when it exists, otherwise written; None keeps one in `output`.
         observers: `on_sample` and `on_message` are called.
