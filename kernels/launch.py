@@ -31,7 +31,7 @@ VARYING = ["group", "seed", "step", "draw", "next_draw", "stream"]
 # operands are 16-bit: eight of those, or four in float32, are the 128 bits that a thread moves at a time.
 BLOCKS: dict[str, dict[bool, tuple[int, int]]] = {
     "cuda 8": {False: (1024, 4), True: (1024, 4)},
-    "cuda": {False: (1024, 4), True: (2048, 4)},
+    "cuda": {False: (2048, 4), True: (2048, 4)},
     "hip": {False: (1024, 4), True: (2048, 4)},
     "xpu": {False: (1024, 4), True: (1024, 4)},
     "cpu": {False: (4096, 1), True: (4096, 1)},  # the interpreter, which pays by program

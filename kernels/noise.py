@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from vdu_fast.kernels.elementary import cosine_sine, log_normal_range
+from vdu_fast.kernels.elementary import ONE_BITS, cosine_sine, scaled_log
 from vdu_fast.rng import Stream
 
 WEIGHTS = tl.constexpr(int(Stream.WEIGHTS))
 IMAGE_NOISE = tl.constexpr(int(Stream.IMAGE_NOISE))
+# Whether radius_of may do what NVIDIA's own correctly rounded root does with numbers that are neither tiny nor huge; the
+# branch for those, which no radius takes, keeps a thread from working on two of them at a time.
+NVIDIA_ROOT = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -34,8 +38,15 @@ def words_of(seed, step, stream, group):
 @triton.jit
 def radius_of(word):
     """sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23."""
-    u = ((word >> 9).to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return tl.sqrt_rn(log_normal_range(u) * -2.0)
+    # 1 + (word >> 9) / 2^23, less 1 - 2^-24.
+    u = ((word >> 9) | ONE_BITS).to(tl.float32, bitcast=True) - 0.99999994
+    x = scaled_log(u, -2.0)
+    if NVIDIA_ROOT:
+        inverse = tl.rsqrt(x)
+        root = x * inverse
+        return tl.fma(tl.fma(-root, root, x), inverse * 0.5, root)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit

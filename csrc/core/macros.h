@@ -37,6 +37,15 @@ VDU_INLINE float float_of(uint32_t bits) {
 #endif
 }
 
+// a b + c where a b is exact: one rounding and two give the same bits then, so a fused instruction may do it.
+VDU_INLINE float plus_exact_product(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 VDU_INLINE float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);

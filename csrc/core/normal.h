@@ -6,10 +6,24 @@
 
 namespace vdu::VDU_ISA {
 
-// sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23.
+// The correctly rounded root of a number in [2^-100, 2^100]. nvcc's own has a branch for those beyond, which keeps it
+// from working on two of them at a time; this is the other side of that branch.
+VDU_INLINE float root_within_range(float x) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float root = x * inverse;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), inverse * 0.5f, root);
+#else
+  return square_root(x);
+#endif
+}
+
+// sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23: between 3e-4 and 6.
 VDU_INLINE float radius_of(uint32_t word) {
-  const float u = (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5f) * 1.1920928955078125e-07f;
-  return square_root(log_normal_range(u) * -2.0f);
+  // 1 + (word >> 9) / 2^23, less 1 - 2^-24.
+  const float u = float_of((word >> 9) | 0x3F800000u) - 0.99999994f;
+  return root_within_range(scaled_log<-2>(u));
 }
 
 // Two normals from two words.

@@ -7,7 +7,7 @@ namespace {
 
 template <typename T>
 struct MixNoise {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   enum : int { kOut, kX0, kOperands };
   struct Coefficients {
     T signal, noise;
@@ -17,16 +17,17 @@ struct MixNoise {
 
   __device__ NoiseKey prepare() const { return image_noise.key(); }
 
+  __device__ int64_t first_normal() const { return image_noise.offset; }
+
   __device__ Coefficients coefficients(int64_t sample) const {
-    return {static_cast<T>(signal[sample]), static_cast<T>(noise[sample])};
+    return {signal.get<T>(sample), noise.get<T>(sample)};
   }
 
   template <int kItem, typename Place>
-  __device__ __forceinline__ void item(const NoiseKey& key, const Coefficients& k, const Place& place, int64_t index,
-                                       double*) const {
+  __device__ __forceinline__ void item(const NoiseKey& key, const Coefficients& k, const Place& place, double*) const {
     T x0[kItem], n[kItem];
     place.load(kX0, x0);
-    normals(key, index, n);
+    place.draw(key, image_noise.offset, n);
     VDU_LANES x0[i] = portable::mixed(x0[i], n[i], k.signal, k.noise);
     place.store(kOut, x0);
   }

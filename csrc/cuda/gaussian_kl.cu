@@ -27,7 +27,7 @@ struct Divergence {
       place.load(kMean, mean, kPriorMean, prior_mean, kPriorStd, prior_std);
       VDU_LANES mean[i] = portable::penalty_term(mean[i], prior_mean[i], prior_std[i]);
     }
-    add_terms(sums[0], mean, place.count);
+    add_terms(sums[0], mean, place);
   }
 };
 
@@ -38,7 +38,7 @@ struct DivergenceBackward {
   static constexpr int kInputs = with_log_std ? 4 : 3;  // then the gradients, in the same order
   Reals grad;
 
-  __device__ T prepare() const { return static_cast<T>(grad[0]); }
+  __device__ T prepare() const { return grad.get<T>(0); }
 
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(T scale, const Place& place, double*) const {
@@ -74,18 +74,20 @@ struct DivergenceBackward {
 
 template <typename T>
 struct VariationalGradients {
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 1, kTogether = 1;
   enum : int { kGrad, kMean, kLogStd, kPriorMean, kPriorStd, kDMean, kDLogStd, kOperands };
   Noise noise;
   T kl_weight;
 
   __device__ NoiseKey prepare() const { return noise.key(); }
 
+  __device__ int64_t first_normal() const { return noise.offset; }
+
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(const NoiseKey& key, const Place& place, double* sums) const {
     T grad[kItem], mean[kItem], log_std[kItem], prior_mean[kItem], prior_std[kItem], n[kItem];
     place.load(kGrad, grad, kMean, mean, kLogStd, log_std, kPriorMean, prior_mean, kPriorStd, prior_std);
-    normals(key, noise.offset + place.first, n);
+    place.draw(key, noise.offset, n);
     VDU_LANES {
       T d_mean, d_log_std, kl;
       const T std = portable::exponential(log_std[i]), log_prior_std = portable::natural_log(prior_std[i]);
@@ -95,7 +97,7 @@ struct VariationalGradients {
     }
     place.store(kDMean, mean);
     place.store(kDLogStd, log_std);
-    add_terms(sums[0], n, place.count);
+    add_terms(sums[0], n, place);
   }
 };
 

@@ -20,15 +20,15 @@ struct Target {
 
   template <typename T>
   __device__ __forceinline__ Coefficients<T> coefficients(int64_t sample) const {
-    const double s = signal.data == nullptr ? (with_x0 ? 1.0 : 0.0) : signal[sample];
-    const double n = noise.data == nullptr ? (with_x0 ? 0.0 : 1.0) : noise[sample];
-    return {static_cast<T>(s), static_cast<T>(n), T(1)};
+    const T s = signal.data == nullptr ? T(with_x0 ? 1 : 0) : signal.get<T>(sample);
+    const T n = noise.data == nullptr ? T(with_x0 ? 0 : 1) : noise.get<T>(sample);
+    return {s, n, T(1)};
   }
 
   // prediction - target
   template <int kItem, typename T, typename Place>
   __device__ __forceinline__ void difference(const NoiseKey& key, const Coefficients<T>& k, const Place& place,
-                                             int64_t index, T (&out)[kItem]) const {
+                                             T (&out)[kItem]) const {
     using portable::prediction_difference;
     T x0[kItem], n[kItem];
     if (with_x0) {
@@ -36,7 +36,7 @@ struct Target {
     } else {
       place.load(kPrediction, out);
     }
-    if (with_noise) normals(key, index, n);
+    if (with_noise) place.draw(key, image_noise.offset, n);
     if (!with_noise) {
       VDU_LANES out[i] = prediction_difference<true, false>(out[i], x0[i], T(0), k.signal, k.noise);
     } else if (!with_x0) {
@@ -49,44 +49,48 @@ struct Target {
 
 template <typename T>
 struct NoisePredictionError {
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 1, kTogether = 2;
   Target target;
 
   __device__ NoiseKey prepare() const { return target.image_noise.key(); }
 
+  __device__ int64_t first_normal() const { return target.image_noise.offset; }
+
   __device__ Coefficients<T> coefficients(int64_t sample) const { return target.coefficients<T>(sample); }
 
   template <int kItem, typename Place>
-  __device__ __forceinline__ void item(const NoiseKey& key, const Coefficients<T>& k, const Place& place, int64_t index,
+  __device__ __forceinline__ void item(const NoiseKey& key, const Coefficients<T>& k, const Place& place,
                                        double* sums) const {
     T terms[kItem];
-    target.difference(key, k, place, index, terms);
+    target.difference(key, k, place, terms);
     VDU_LANES terms[i] = terms[i] * terms[i];
-    add_terms(sums[0], terms, place.count);
+    add_terms(sums[0], terms, place);
   }
 };
 
 template <typename T>
 struct NoisePredictionErrorBackward {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   Target target;
   Reals grad;
 
   __device__ NoiseKey prepare() const { return target.image_noise.key(); }
 
+  __device__ int64_t first_normal() const { return target.image_noise.offset; }
+
   __device__ Coefficients<T> coefficients(int64_t sample) const {
     Coefficients<T> k = target.coefficients<T>(sample);
-    k.scale = static_cast<T>(2 * grad[sample]);
+    k.scale = T(2) * grad.get<T>(sample);
     return k;
   }
 
   // A sample whose gradient is 0 (a hinge has let go of it) costs nothing but the zeros.
   template <int kItem, typename Place>
-  __device__ __forceinline__ void item(const NoiseKey& key, const Coefficients<T>& k, const Place& place, int64_t index,
+  __device__ __forceinline__ void item(const NoiseKey& key, const Coefficients<T>& k, const Place& place,
                                        double*) const {
     T out[kItem] = {};
     if (k.scale != T(0)) {
-      target.difference(key, k, place, index, out);
+      target.difference(key, k, place, out);
       VDU_LANES out[i] = k.scale * out[i];
     }
     place.store(kOut, out);

@@ -63,6 +63,7 @@ struct Lists {
   std::array<Storage, kOperands> storage{};
   bool wide;           // computed in double
   bool narrow = true;  // all operands are 16-bit
+  bool plain = true;   // all operands are float32
 
   Lists(const Tensor& first, bool computed_in_double, const std::array<Operand, kOperands>& operands)
       : like(first), wide(computed_in_double) {
@@ -88,6 +89,7 @@ struct Lists {
                 " is state and must be float32, or float64 like the rest of it");
       storage[k] = now;
       narrow = narrow && bytes_of(now) == 2;
+      plain = plain && now == Storage::float32;
       if (tensor.numel() > 0) data[k].push_back(static_cast<char*>(tensor.data_ptr()));
     }
   }
@@ -100,6 +102,8 @@ void with_items(const AnyLists& lists, const Body& body) {
     body(Items<double, 4>{});
   } else if (lists.narrow) {
     body(Items<float, 8>{});
+  } else if (lists.plain) {
+    body(Items<float, 4, true>{});
   } else {
     body(Items<float, 4>{});
   }
@@ -135,7 +139,7 @@ inline std::vector<Part> parts_of(const std::vector<int64_t>& starts, size_t at_
 }
 
 template <int kOperands, int kTensors>
-Table<kOperands, kTensors> table_of(const Lists<kOperands, kTensors>& lists, const Part& part) {
+Table<kOperands, kTensors> table_of(const Lists<kOperands, kTensors>& lists, const Part& part, int64_t item) {
   Table<kOperands, kTensors> table{};
   for (size_t k = 0; k < kOperands; ++k) {
     table.storage[k] = lists.storage[k];
@@ -146,10 +150,31 @@ Table<kOperands, kTensors> table_of(const Lists<kOperands, kTensors>& lists, con
   table.begin = part.begin;
   table.end = part.end;
   table.tensors = static_cast<int>(part.tensors);
+  for (size_t t = 0; t < part.tensors; ++t) {
+    const auto aligned = [&](size_t k) {
+      if (lists.data[k].empty()) return true;
+      const int64_t bytes = bytes_of(lists.storage[k]);
+      const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(table.data[k][t])) - table.starts[t] * bytes;
+      return at % std::min<int64_t>(16, item * bytes) == 0;
+    };
+    bool all = true;
+    for (size_t k = 0; k < kOperands; ++k) all = all && aligned(k);
+    table.aligned |= static_cast<uint64_t>(all) << t;
+  }
   return table;
 }
 
-inline int64_t grid_of(int64_t chunks) { return std::min(chunks, kMostBlocks); }
+// Elements begin .. end - 1 in spans; longer than a chunk only where `all` elements of the call make blocks enough to
+// even out.
+template <typename Op>
+Spans spans_of(int64_t begin, int64_t end, int64_t all, int item) {
+  const int64_t unit = Op::kSums > 0 ? kChunk : item, first = begin / unit * unit;
+  const int64_t chunks = Op::kSums > 0 ? 1 : std::clamp<int64_t>(chunks_of(all) / kManyChunks, 1, 4);
+  const int64_t size = kChunk * std::min(chunks, std::max<int64_t>(chunks_of(end - first), 1));
+  return {first, size, (end - first + size - 1) / size};
+}
+
+inline int64_t blocks_of(int64_t count) { return std::min(count, kMostBlocks); }
 
 template <typename Op>
 Tensor partials_of(const Tensor& like, int64_t slots) {
@@ -161,25 +186,25 @@ inline void fold(const Tensor& partials, int64_t rows, int64_t per_row, const Te
   if (rows == 0) return;
   const auto* data = static_cast<const double*>(partials.const_data_ptr());
   if (is_wide(out)) {
-    launch(fold_partials<double>, rows, kThreads, out, data, per_row, static_cast<double*>(out.mutable_data_ptr()));
+    launch(fold_partials<double>, {rows}, kThreads, out, data, per_row, static_cast<double*>(out.mutable_data_ptr()));
   } else {
-    launch(fold_partials<float>, rows, kThreads, out, data, per_row, static_cast<float*>(out.mutable_data_ptr()));
+    launch(fold_partials<float>, {rows}, kThreads, out, data, per_row, static_cast<float*>(out.mutable_data_ptr()));
   }
 }
 
 // Runs an op over the elements of lists; its sums, if it has any, go into `sums`, [Op::kSums].
 template <typename ItemsOf, int kOperands, int kTensors, typename Op>
 void over_lists(const Lists<kOperands, kTensors>& lists, const Op& op, const std::optional<Tensor>& sums = {}) {
-  static_assert(sizeof(Table<kOperands, kTensors>) + sizeof(Op) + 32 <= 4096, "a kernel's parameters have 4 KiB");
+  static_assert(sizeof(Table<kOperands, kTensors>) + sizeof(Op) + sizeof(Spans) + 24 <= 4096, "a kernel's parameters have 4 KiB");
   int64_t slots = 0;
   const auto parts = parts_of(lists.starts, kTensors, ItemsOf::size, slots);
   std::optional<Tensor> partials;
   if constexpr (Op::kSums > 0) partials = partials_of<Op>(lists.like, slots);
   double* places = partials.has_value() ? static_cast<double*>(partials->mutable_data_ptr()) : nullptr;
   for (const Part& part : parts) {
-    const int64_t grid = grid_of(chunks_of(part.end) - part.begin / kChunk);
-    launch(over_elements<ItemsOf, Op, Table<kOperands, kTensors>>, grid, kThreads, lists.like, table_of(lists, part),
-           op, places, part.first_slot, slots);
+    const Spans spans = spans_of<Op>(part.begin, part.end, lists.numel(), ItemsOf::size);
+    launch(over_elements<ItemsOf, Op, Table<kOperands, kTensors>>, {blocks_of(spans.count)}, kThreads, lists.like,
+           table_of(lists, part, ItemsOf::size), op, spans, places, part.first_slot, slots);
   }
   if constexpr (Op::kSums > 0) fold(*partials, Op::kSums, slots, *sums);
 }
@@ -193,10 +218,11 @@ void over_batch(const Lists<kOperands, 1>& lists, int64_t samples, const Op& op,
   if constexpr (Op::kSums > 0) partials = partials_of<Op>(lists.like, samples * chunks);
   double* places = partials.has_value() ? static_cast<double*>(partials->mutable_data_ptr()) : nullptr;
   if (lists.numel() > 0) {
-    auto table = table_of(lists, {0, lists.numel(), 0, 1, 0});
+    auto table = table_of(lists, {0, lists.numel(), 0, 1, 0}, ItemsOf::size);
     table.starts[1] = table.end = elements;
-    launch(over_samples<ItemsOf, Op, Table<kOperands, 1>>, grid_of(samples * chunks), kThreads, lists.like, table, op,
-           places, samples);
+    const Spans spans = spans_of<Op>(0, elements, lists.numel(), ItemsOf::size);
+    launch(over_samples<ItemsOf, Op, Table<kOperands, 1>>, {blocks_of(spans.count), blocks_of(samples)}, kThreads,
+           lists.like, table, op, spans, places, samples);
   }
   if constexpr (Op::kSums > 0) fold(*partials, samples, chunks, *sums);
 }

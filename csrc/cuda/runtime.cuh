@@ -24,17 +24,27 @@ inline bool is_beside(const Tensor& tensor, const Tensor& like) {
 // Whether the host may read a tensor's elements; otherwise kernels do.
 inline bool is_readable(const Tensor& tensor) { return tensor.is_cpu(); }
 
-// More blocks than this walk the chunks in strides.
-constexpr int64_t kMostBlocks = 1 << 16;
+// Tells the compiler that a number is the same in all threads of a warp, so that it may lie in a uniform register. All
+// of them must be here.
+__device__ __forceinline__ uint32_t same_in_warp(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
+// More blocks than this, in either direction, walk in strides.
+constexpr int64_t kMostBlocks = 65535;
+// From so many chunks on a block may take several: sixteen for every one that a large GPU runs at a time.
+constexpr int64_t kManyChunks = 8192;
+
+struct Grid {
+  int64_t x, y = 1;
+};
 
 // Runs a kernel on torch's current stream of the device that `like` is on.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t grid, int threads, const Tensor& like,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, const Tensor& like, const Arguments&... arguments) {
   void* stream = nullptr;
   const auto found = aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream);
   VDU_CHECK(found == AOTI_TORCH_SUCCESS, "torch's current CUDA stream cannot be had");
-  kernel<<<static_cast<unsigned int>(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  const dim3 blocks(static_cast<unsigned int>(grid.x), static_cast<unsigned int>(grid.y));
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();  // torch's macro for this is not in torch 2.11
   VDU_CHECK(error == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }

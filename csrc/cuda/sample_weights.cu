@@ -8,17 +8,19 @@ namespace {
 
 template <typename T>
 struct SampleWeights {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   enum : int { kOut, kMean, kLogStd, kOperands };
   Noise noise;
 
   __device__ NoiseKey prepare() const { return noise.key(); }
 
+  __device__ int64_t first_normal() const { return noise.offset; }
+
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(const NoiseKey& key, const Place& place, double*) const {
     T mean[kItem], log_std[kItem], n[kItem];
     place.load(kMean, mean, kLogStd, log_std);
-    normals(key, noise.offset + place.first, n);
+    place.draw(key, noise.offset, n);
     VDU_LANES mean[i] = portable::sampled_weight(mean[i], portable::exponential(log_std[i]), n[i]);
     place.store(kOut, mean);
   }
@@ -26,17 +28,19 @@ struct SampleWeights {
 
 template <typename T>
 struct SampleWeightsBackward {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   enum : int { kOut, kGrad, kLogStd, kOperands };
   Noise noise;
 
   __device__ NoiseKey prepare() const { return noise.key(); }
 
+  __device__ int64_t first_normal() const { return noise.offset; }
+
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(const NoiseKey& key, const Place& place, double*) const {
     T grad[kItem], log_std[kItem], n[kItem];
     place.load(kGrad, grad, kLogStd, log_std);
-    normals(key, noise.offset + place.first, n);
+    place.draw(key, noise.offset, n);
     VDU_LANES grad[i] = portable::sampled_log_std_gradient(grad[i], log_std[i], n[i]);
     place.store(kOut, grad);
   }
@@ -44,12 +48,14 @@ struct SampleWeightsBackward {
 
 template <typename T>
 struct SampleWhitened {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   enum : int { kOut, kCenter, kPriorStd, kZ, kLogStd, kOperands };
   Noise noise;
   T noise_scale;
 
   __device__ NoiseKey prepare() const { return noise.key(); }
+
+  __device__ int64_t first_normal() const { return noise.offset; }
 
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(const NoiseKey& key, const Place& place, double*) const {
@@ -58,7 +64,7 @@ struct SampleWhitened {
     if (noise_scale == T(0)) {
       VDU_LANES z[i] = portable::whitened_mean(center[i], prior_std[i], z[i]);
     } else {
-      normals(key, noise.offset + place.first, n);
+      place.draw(key, noise.offset, n);
       if (place.has(kLogStd)) {
         T log_std[kItem];
         place.load(kLogStd, log_std);

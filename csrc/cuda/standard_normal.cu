@@ -6,15 +6,17 @@ namespace {
 
 template <typename T>
 struct StandardNormal {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   Noise noise;
 
   __device__ NoiseKey prepare() const { return noise.key(); }
 
+  __device__ int64_t first_normal() const { return noise.offset; }
+
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(const NoiseKey& key, const Place& place, double*) const {
     T n[kItem];
-    normals(key, noise.offset + place.first, n);
+    place.draw(key, noise.offset, n);
     place.store(0, n);
   }
 };

@@ -33,6 +33,7 @@ struct Table {
   char* data[kOperands][kTensors];
   int64_t starts[kTensors + 1];  // in the numbering of the whole list
   int64_t begin, end;            // the elements of this launch
+  uint64_t aligned;              // bit t: items of tensor t lie on multiples of their size, in every operand
   Storage storage[kOperands];
   int tensors;
 };
@@ -191,21 +192,52 @@ __device__ __forceinline__ void write_item(const T (&from)[kItem], char* to, Sto
   write_narrow(from, to, storage);
 }
 
+// The normals of elements index .. index + kItem - 1. Philox gives four at a time; an index between two groups costs a
+// call more.
+template <int kItem, typename T>
+__device__ __forceinline__ void normals(const NoiseKey& key, int64_t index, T (&n)[kItem]) {
+  const auto group = static_cast<uint64_t>(index) / 4;
+  float all[kItem + 4];
+#pragma unroll
+  for (int g = 0; g < kItem / 4; ++g) {
+    portable::four_normals(key, group + g, all[4 * g], all[4 * g + 1], all[4 * g + 2], all[4 * g + 3]);
+  }
+  const int skip = static_cast<int>(index & 3);
+  if (skip != 0) {
+    portable::four_normals(key, group + kItem / 4, all[kItem], all[kItem + 1], all[kItem + 2], all[kItem + 3]);
+    // Two conditional shifts: registers cannot be indexed by a variable.
+#pragma unroll
+    for (int i = 0; i < kItem + 3; ++i) all[i] = (skip & 1) != 0 ? all[i + 1] : all[i];
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) all[i] = (skip & 2) != 0 ? all[i + 2] : all[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kItem; ++i) n[i] = static_cast<T>(all[i]);
+}
+
 // A thread's place in the operands: elements first .. first + count - 1, which begin in tensor `tensor` of the table.
 // `skipped` is what lies before element 0 in memory: the samples before this one, where a batch is walked by samples.
-template <typename Operands>
+// kPlain says that all operands are float32.
+template <typename Operands, bool kPlain>
 struct Place {
+  static constexpr int kTogether = 1;  // items
   const Operands& table;
   int64_t first, skipped;
   int count, tensor;
 
   __device__ __forceinline__ bool has(int operand) const { return table.data[operand][0] != nullptr; }
 
+  // The normals of these elements; that of element 0 of the list has index `offset`.
+  template <int kItem, typename T>
+  __device__ __forceinline__ void draw(const NoiseKey& key, int64_t offset, T (&n)[kItem]) const {
+    normals(key, offset + skipped + first, n);
+  }
+
   // load(operand, values, operand, values, ...): all are read before the first is converted. Lanes past the item's
   // end are ones, harmless as values, logarithms or divisors.
   template <int kItem, typename T, typename... Rest>
   __device__ __forceinline__ void load(int operand, T (&to)[kItem], Rest&&... rest) const {
-    const Storage storage = table.storage[operand];
+    const Storage storage = storage_of(operand);
     const char* from = address(operand, tensor, first);
     Raw<T, kItem> raw;
     if (vectorises<kItem>(from, storage)) {
@@ -247,7 +279,7 @@ struct Place {
 
   template <int kItem, typename T>
   __device__ __forceinline__ void store(int operand, const T (&from)[kItem]) const {
-    const Storage storage = table.storage[operand];
+    const Storage storage = storage_of(operand);
     char* to = address(operand, tensor, first);
     if (vectorises<kItem>(to, storage)) {
       write_item(from, to, storage);
@@ -258,8 +290,12 @@ struct Place {
   }
 
  private:
+  __device__ __forceinline__ Storage storage_of(int operand) const {
+    return kPlain ? Storage::float32 : table.storage[operand];
+  }
+
   __device__ __forceinline__ char* address(int operand, int t, int64_t element) const {
-    return table.data[operand][t] + (skipped + element - table.starts[t]) * bytes_of(table.storage[operand]);
+    return table.data[operand][t] + (skipped + element - table.starts[t]) * bytes_of(storage_of(operand));
   }
 
   template <int kBytes>
@@ -304,6 +340,69 @@ struct Place {
   }
 };
 
+// The same interface for kTogether items, kThreads items apart, of which nothing has to be asked: they are whole, aligned
+// and in one tensor, and begin with a group of normals. Most of the work is done here; two items at a time keep a
+// multiprocessor busy while each waits for its own arithmetic.
+template <typename Operands, typename ItemsOf, int kItems>
+struct Run {
+  static constexpr int kTogether = kItems, kItem = ItemsOf::size, kLanes = kItems * kItem, count = kLanes;
+  using T = typename ItemsOf::Type;
+  const Operands& table;
+  int64_t first, skipped;
+  int tensor;
+
+  __device__ __forceinline__ bool has(int operand) const { return table.data[operand][0] != nullptr; }
+
+  __device__ __forceinline__ void draw(const NoiseKey& key, int64_t offset, T (&n)[kLanes]) const {
+    const uint64_t group = static_cast<uint64_t>(offset + skipped + first) / 4;
+#pragma unroll
+    for (int i = 0; i < kLanes; i += 4) {
+      const uint64_t skip = i / kItem * (kThreads * kItem / 4) + i % kItem / 4;
+      portable::four_normals(key, group + skip, n[i], n[i + 1], n[i + 2], n[i + 3]);
+    }
+  }
+
+  template <typename... Rest>
+  __device__ __forceinline__ void load(int operand, T (&to)[kLanes], Rest&&... rest) const {
+    const Storage storage = storage_of(operand);
+    Raw<T, kItem> raw[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) raw[k].read(address(operand, k), storage);
+    if constexpr (sizeof...(rest) > 0) load(rest...);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      T item[kItem];
+      raw[k].decode(item, storage);
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) to[k * kItem + i] = item[i];
+    }
+  }
+
+  __device__ __forceinline__ void load_state(int operand, T (&to)[kLanes]) const { load(operand, to); }
+
+  __device__ __forceinline__ void store(int operand, const T (&from)[kLanes]) const {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      T item[kItem];
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) item[i] = from[k * kItem + i];
+      write_item(item, address(operand, k), storage_of(operand));
+    }
+  }
+
+  __device__ __forceinline__ void store_state(int operand, const T (&from)[kLanes]) const { store(operand, from); }
+
+ private:
+  __device__ __forceinline__ Storage storage_of(int operand) const {
+    return ItemsOf::plain ? Storage::float32 : table.storage[operand];
+  }
+
+  __device__ __forceinline__ char* address(int operand, int item) const {
+    const int64_t element = skipped + first - table.starts[tensor] + item * (kThreads * kItem);
+    return table.data[operand][tensor] + element * bytes_of(storage_of(operand));
+  }
+};
+
 // An int64 scalar that is known at launch, or lies in device memory: a captured graph then replays with new values.
 struct Integer {
   int64_t value;
@@ -317,8 +416,10 @@ struct Reals {
   const void* data;
   bool wide;
 
-  __device__ __forceinline__ double operator[](int64_t k) const {
-    return wide ? static_cast<const double*>(data)[k] : static_cast<double>(static_cast<const float*>(data)[k]);
+  template <typename T>
+  __device__ __forceinline__ T get(int64_t k) const {
+    return wide ? static_cast<T>(static_cast<const double*>(data)[k])
+                : static_cast<T>(static_cast<const float*>(data)[k]);
   }
 };
 
@@ -327,31 +428,11 @@ struct Noise {
   Integer seed, step;
   int64_t stream, offset;
 
-  __device__ __forceinline__ NoiseKey key() const { return portable::noise_key(seed.get(), step.get(), stream); }
+  __device__ __forceinline__ NoiseKey key() const {
+    const NoiseKey read = portable::noise_key(seed.get(), step.get(), stream);
+    return {same_in_warp(read.seed_low), same_in_warp(read.seed_high), read.stream, same_in_warp(read.step)};
+  }
 };
-
-// The normals of elements index .. index + kItem - 1. Philox gives four at a time; an index between two groups costs a
-// call more.
-template <int kItem, typename T>
-__device__ __forceinline__ void normals(const NoiseKey& key, int64_t index, T (&n)[kItem]) {
-  const auto group = static_cast<uint64_t>(index) / 4;
-  float all[kItem + 4];
-#pragma unroll
-  for (int g = 0; g < kItem / 4; ++g) {
-    portable::four_normals(key, group + g, all[4 * g], all[4 * g + 1], all[4 * g + 2], all[4 * g + 3]);
-  }
-  const int skip = static_cast<int>(index & 3);
-  if (skip != 0) {
-    portable::four_normals(key, group + kItem / 4, all[kItem], all[kItem + 1], all[kItem + 2], all[kItem + 3]);
-    // Two conditional shifts: registers cannot be indexed by a variable.
-#pragma unroll
-    for (int i = 0; i < kItem + 3; ++i) all[i] = (skip & 1) != 0 ? all[i + 1] : all[i];
-#pragma unroll
-    for (int i = 0; i < kItem; ++i) all[i] = (skip & 2) != 0 ? all[i + 2] : all[i];
-  }
-#pragma unroll
-  for (int i = 0; i < kItem; ++i) n[i] = static_cast<T>(all[i]);
-}
 
 #define VDU_LANES _Pragma("unroll") for (int i = 0; i < kItem; ++i)
 

@@ -82,7 +82,7 @@ struct VariationalStep {
     kNoiseGrad,
     kOperands
   };
-  using BestItems = Items<T, 4, sizeof(T) == 8 ? 2 : learned ? 3 : 4>;
+  using BestItems = Items<T, 4, false, sizeof(T) == 8 ? 2 : learned ? 3 : 4>;
   struct Prepared {
     StepConstants<T> constants;
     NoiseKey now, next;
@@ -115,10 +115,10 @@ struct VariationalStep {
       place.store_state(kZ, z);
       if (with_first) place.store_state(kFirst, first);
       if constexpr (adaptive) place.store_state(kSecond, second);
-      add_terms(sums[1], squares, place.count);
+      add_terms(sums[1], squares, place);
     }
     if constexpr (learned) move_log_std(prepared, place, grad, prior_std, log_std);
-    add_divergence(place.count, z, prior_std, log_std, sums[0]);
+    add_divergence(place, z, prior_std, log_std, sums[0]);
     write_theta(prepared, place, prior_std, z, log_std);
   }
 
@@ -130,7 +130,7 @@ struct VariationalStep {
     if (place.has(kNoiseGrad)) {
       place.load_state(kNoiseGrad, noise_grad);
     } else {
-      normals(prepared.now, noise.offset + place.first, noise_grad);
+      place.draw(prepared.now, noise.offset, noise_grad);
       VDU_LANES noise_grad[i] = grad[i] * noise_grad[i];
     }
     place.load_state(kLogStd, log_std);
@@ -143,8 +143,8 @@ struct VariationalStep {
     place.store_state(kStdSecond, second);
   }
 
-  template <int kItem>
-  __device__ __forceinline__ void add_divergence(int count, const T (&z)[kItem], const T (&prior_std)[kItem],
+  template <int kItem, typename Place>
+  __device__ __forceinline__ void add_divergence(const Place& place, const T (&z)[kItem], const T (&prior_std)[kItem],
                                                  const T (&log_std)[kItem], double& sum) const {
     T terms[kItem];
     if constexpr (learned) {
@@ -152,7 +152,7 @@ struct VariationalStep {
     } else {
       VDU_LANES terms[i] = T(0.5) * z[i] * z[i];
     }
-    add_terms(sum, terms, count);
+    add_terms(sum, terms, place);
   }
 
   // The weights of the next draw; the mean where noise_scale is 0.
@@ -165,7 +165,7 @@ struct VariationalStep {
     if (noise_scale == T(0)) {
       VDU_LANES center[i] = portable::whitened_mean(center[i], prior_std[i], z[i]);
     } else {
-      normals(prepared.next, noise.offset + place.first, n);
+      place.draw(prepared.next, noise.offset, n);
       if constexpr (learned) {
         VDU_LANES center[i] = portable::whitened_weight_of_std(center[i], prior_std[i], z[i], log_std[i], n[i]);
       } else {
@@ -195,25 +195,27 @@ struct GradientNorm {
     VDU_LANES grad[i] = portable::mean_gradient(k, grad[i], z[i], prior_std[i]);
     if (rule == Rule::adam) VDU_LANES grad[i] = grad[i] / prior_std[i];
     VDU_LANES grad[i] = grad[i] * grad[i];
-    add_terms(sums[0], grad, place.count);
+    add_terms(sums[0], grad, place);
   }
 };
 
 template <typename T>
 struct AddNoiseGradient {
-  static constexpr int kSums = 0;
+  static constexpr int kSums = 0, kTogether = 2;
   enum : int { kSum, kGrad, kOperands };
   Noise noise;
   T scale;
 
   __device__ NoiseKey prepare() const { return noise.key(); }
 
+  __device__ int64_t first_normal() const { return noise.offset; }
+
   template <int kItem, typename Place>
   __device__ __forceinline__ void item(const NoiseKey& key, const Place& place, double*) const {
     T sum[kItem], grad[kItem], n[kItem];
     place.load_state(kSum, sum);
     place.load(kGrad, grad);
-    normals(key, noise.offset + place.first, n);
+    place.draw(key, noise.offset, n);
     VDU_LANES sum[i] = sum[i] + scale * (grad[i] * n[i]);
     place.store_state(kSum, sum);
   }

@@ -26,8 +26,8 @@ struct WelfordUpdate {
     }
     place.store_state(kMean, mean);
     place.store_state(kSquares, squares);
-    add_terms(sums[0], apart, place.count);
-    add_terms(sums[1], value, place.count);
+    add_terms(sums[0], apart, place);
+    add_terms(sums[1], value, place);
   }
 };
 

@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 
 import pytest
+from fused import unexplained_fusions
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -43,10 +44,14 @@ def test_nvidia(target, case):
     code = compiled(case, target)
     assert code.spilled_bytes == 0
     assert code.registers <= 128
-    # Products and sums are rounded one by one, denormal numbers stay, and nothing is approximated.
-    assert re.findall(r"\b(?:fma|mad)\.\S*f(?:32|64)\b|\.ftz|\.approx|div\.full", code.assembly) == []
+    # Products and sums are rounded one by one, denormal numbers stay, and nothing is approximated but what a correctly
+    # rounded root begins with.
+    assert unexplained_fusions(code.assembly) == []
+    assert re.findall(r"\b(?:fma|mad)\.\S*f64\b|\.ftz|div\.full", code.assembly) == []
+    approximations = set(re.findall(r"\w+\.approx\.\w+", code.assembly))
+    assert approximations <= {"rsqrt.approx.f32"}
     if case.noisy:
-        assert "sqrt.rn.f32" in code.assembly
+        assert approximations or "sqrt.rn.f32" in code.assembly
     for access, instruction in (("r", "ld"), ("w", "st")):
         wide = re.findall(rf"{instruction}\.global\.\S*(?:v4\.b32|v2\.b64)", code.assembly)
         if case.streams:
@@ -75,4 +80,4 @@ def test_fused_multiply_adds_would_be_noticed(monkeypatch):
     monkeypatch.setattr(
         ahead.triton, "compile", lambda source, **given: compile_(source, **given | {"options": options})
     )
-    assert re.search(r"\bfma\.rn\.f32\b", compiled(case, "sm_90").assembly)
+    assert unexplained_fusions(compiled(case, "sm_90").assembly)

@@ -19,9 +19,9 @@
 #define __shared__ static
 
 struct Dimensions {
-  unsigned int x;
+  unsigned int x, y;
 };
-inline thread_local Dimensions threadIdx{0}, blockIdx{0}, gridDim{1};
+inline thread_local Dimensions threadIdx{0, 0}, blockIdx{0, 0}, gridDim{1, 1};
 
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -114,16 +114,31 @@ inline bool is_readable(const Tensor&) {
 
 // Few, so that blocks walk in strides.
 constexpr int64_t kMostBlocks = 3;
+// So that blocks take several chunks at a time.
+constexpr int64_t kManyChunks = 1;
+
+struct Grid {
+  int64_t x, y = 1;
+};
+
+inline uint32_t same_in_warp(uint32_t value) {
+  return value;
+}
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t grid, int threads, const Tensor&, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, const Tensor&, const Arguments&... arguments) {
   VDU_CHECK(threads == kEmulatedThreads, "blocks must have 256 threads");
   std::vector<std::thread> block;
   for (unsigned int t = 0; t < kEmulatedThreads; ++t) {
     block.emplace_back([&, t] {
       threadIdx.x = t;
-      gridDim.x = static_cast<unsigned int>(grid);
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) kernel(arguments...);
+      gridDim = {static_cast<unsigned int>(grid.x), static_cast<unsigned int>(grid.y)};
+      for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+          kernel(arguments...);
+          __syncthreads();  // the blocks share what is static
+        }
+      }
     });
   }
   for (std::thread& thread : block) thread.join();
