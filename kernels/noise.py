@@ -11,8 +11,8 @@ from vdu_fast.rng import Stream
 
 WEIGHTS = tl.constexpr(int(Stream.WEIGHTS))
 IMAGE_NOISE = tl.constexpr(int(Stream.IMAGE_NOISE))
-# Whether radius_of may do what NVIDIA's own correctly rounded root does with numbers that are neither tiny nor huge. The
-# branch for those, which no radius takes, keeps a thread from working on two of them at a time.
+# Whether radius_of may do what NVIDIA's own correctly rounded root does with numbers that are neither tiny nor huge.
+# The branch for those, which no radius takes, keeps a thread from working on two of them at a time.
 NVIDIA_ROOT = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
 
 
