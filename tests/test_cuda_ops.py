@@ -331,6 +331,26 @@ def test_sums_have_the_same_bits_from_run_to_run():
     assert len({float(to_cpu(OPS.gaussian_kl(*tensors))) for _ in range(5)}) == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_and_elements_do_not_depend_on_where_the_operands_lie(dtype):
+    """Aligned, items go through a kernel several at a time; one element further, each by itself."""
+    flat = [to_device(values(2 * 4096 + 100, dtype, salt=k, positive=k == 4)) for k in range(5)]
+    images = [to_device(values(3 * 5128, dtype, salt=k)).reshape(3, 5128) for k in range(2)]
+    signal, noise = (to_device(values(3, salt=k)) for k in (7, 8))
+    outcomes = []
+    for shift in (0, 1):
+        grad, mean, log_std, prior_mean, prior_std = (unaligned(t, shift) for t in flat)
+        prediction, x0 = (unaligned(t, shift) for t in images)
+        outcomes.append([
+            *OPS.variational_gradients(grad, mean, log_std, prior_mean, prior_std, SEED, STEP, kl_weight=0.1, offset=4),
+            OPS.noise_prediction_error(prediction, x0, signal, noise, SEED, STEP),
+            OPS.mix_noise(x0, signal, noise, SEED, STEP),
+            OPS.sample_weights(mean, log_std, SEED, STEP, offset=4),
+        ])  # fmt: skip
+    for aligned, shifted in zip(*outcomes, strict=True):
+        assert same(aligned, to_cpu(shifted))
+
+
 @needs_a_device
 def test_a_captured_step_replays_with_new_seeds_draws_and_constants():
     theirs = step_tensors(5003, "natural_adam", True, True, torch.bfloat16)

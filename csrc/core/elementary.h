@@ -14,7 +14,9 @@ namespace vdu::VDU_ISA {
 constexpr float kLn2 = 0.6931472f;
 
 // kScale log x for a positive, normal x, where kScale is a power of two with either sign: scaled coefficients cost
-// nothing and give the bits of a product afterwards. log x = log(1 + f) + exponent ln 2, f in [sqrt(1/2) - 1, sqrt(2) - 1].
+// nothing and give the bits of a product afterwards.
+//
+// log x = log(1 + f) + exponent ln 2, f in [sqrt(1/2) - 1, sqrt(2) - 1].
 template <int kScale>
 VDU_INLINE float scaled_log(float x) {
   constexpr float scale = kScale;

@@ -48,9 +48,9 @@ __device__ __forceinline__ void write_partials(const double (&sums)[kSums], int 
   if (threadIdx.x < kSums) partials[threadIdx.x * slots + slot] = total;
 }
 
-// What a launch is cut into, in a batch every sample: `count` pieces of `size` elements from `begin` on, one for a block
-// at a time. They are chunks where there are sums, else some chunks long, so that what a block has to find out first
-// costs little.
+// What a launch (in a batch every sample) is cut into: `count` pieces of `size` elements from `begin` on, one for a
+// block at a time. They are chunks where there are sums, else some chunks long, so that what a block has to find out
+// first costs little.
 struct Spans {
   int64_t begin, size, count;
 };

@@ -195,7 +195,8 @@ inline void fold(const Tensor& partials, int64_t rows, int64_t per_row, const Te
 // Runs an op over the elements of lists; its sums, if it has any, go into `sums`, [Op::kSums].
 template <typename ItemsOf, int kOperands, int kTensors, typename Op>
 void over_lists(const Lists<kOperands, kTensors>& lists, const Op& op, const std::optional<Tensor>& sums = {}) {
-  static_assert(sizeof(Table<kOperands, kTensors>) + sizeof(Op) + sizeof(Spans) + 24 <= 4096, "a kernel's parameters have 4 KiB");
+  static_assert(sizeof(Table<kOperands, kTensors>) + sizeof(Op) + sizeof(Spans) + 24 <= 4096,
+                "a kernel's parameters have 4 KiB");
   int64_t slots = 0;
   const auto parts = parts_of(lists.starts, kTensors, ItemsOf::size, slots);
   std::optional<Tensor> partials;

@@ -340,9 +340,9 @@ struct Place {
   }
 };
 
-// The same interface for kTogether items, kThreads items apart, of which nothing has to be asked: they are whole, aligned
-// and in one tensor, and begin with a group of normals. Most of the work is done here; two items at a time keep a
-// multiprocessor busy while each waits for its own arithmetic.
+// The same interface for kTogether items, kThreads items apart, of which nothing has to be asked: they are whole,
+// aligned and in one tensor, and begin with a group of normals. Most of the work is done here; two items at a time keep
+// a multiprocessor busy while each waits for its own arithmetic.
 template <typename Operands, typename ItemsOf, int kItems>
 struct Run {
   static constexpr int kTogether = kItems, kItem = ItemsOf::size, kLanes = kItems * kItem, count = kLanes;
