@@ -44,6 +44,7 @@ from vdu_fast.demo import shipped_model
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig
 from vdu_fast.fisher import fisher_posterior
+from vdu_fast.freed_memory import keep_freed_memory
 from vdu_fast.persistence import PersistenceConfig
 from vdu_fast.pipelines import denoiser_of, load_pipeline
 from vdu_fast.posterior import GaussianPosterior
@@ -344,6 +345,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so long, but train the model")
     parser.add_argument("--go_on", action="store_true", help="take over the runs that the results folder holds")
     arguments = parser.parse_args()
+    keep_freed_memory()
     protocol, output = PROTOCOLS[arguments.name], arguments.output or Path("runs") / arguments.name
     results = arguments.results or RESULTS / arguments.name
     if protocol.pretraining is not None and arguments.data is None:

@@ -22,6 +22,7 @@ from vdu_fast.checkpoint import fingerprint, write_json_atomic
 from vdu_fast.classifier import frechet_distance
 from vdu_fast.comparison import Comparison
 from vdu_fast.evaluation import percentage_unlearned
+from vdu_fast.freed_memory import keep_freed_memory
 from vdu_fast.pipelines import Denoiser
 from vdu_fast.records import decisive, digest, read_record
 from vdu_fast.report import plain
@@ -135,5 +136,6 @@ def run_all(comparison: Comparison, sequences: list[Sequence], processes: int) -
 
 
 def _run_on_one_thread(comparison: Comparison, sequence: Sequence) -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     run(comparison, sequence)

@@ -34,6 +34,7 @@ from vdu_fast.config import UnlearnConfig
 from vdu_fast.data import ImageSet
 from vdu_fast.errors import InputError
 from vdu_fast.evaluation import EvaluationConfig, evaluate, fixed_subset, percentage_unlearned
+from vdu_fast.freed_memory import keep_freed_memory
 from vdu_fast.persistence import PersistenceConfig, check_count, measure_persistence
 from vdu_fast.pipelines import Denoiser, denoiser_of, load_pipeline, pick_device
 from vdu_fast.posterior import GaussianPosterior
@@ -361,6 +362,7 @@ _comparison: Comparison | None = None
 def _start_process(comparison: Comparison) -> None:
     global _comparison
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory()
     torch.set_num_threads(1)
     _comparison = comparison
 

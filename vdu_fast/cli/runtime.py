@@ -18,6 +18,7 @@ import torch
 from vdu_fast.cli.parser import CommonOptions
 from vdu_fast.data import ImageSet, Split, load_images
 from vdu_fast.errors import InputError
+from vdu_fast.freed_memory import keep_freed_memory
 from vdu_fast.progress import ProgressDisplay
 
 
@@ -34,7 +35,8 @@ class _ToDisplay(logging.Handler):
 
 @contextlib.contextmanager
 def running(common: CommonOptions) -> Iterator[ProgressDisplay]:
-    """Set threads and show progress and warnings while the block runs."""
+    """Set threads and malloc, and show progress and warnings while the block runs."""
+    keep_freed_memory()
     if common.threads is not None:
         torch.set_num_threads(common.threads)
     logger = logging.getLogger("vdu_fast")
