@@ -1,7 +1,7 @@
 """The host side of every kernel: scalars by value or by pointer, block sizes, launches, and who serves which device.
 
 Nothing here waits for the device or reads its memory, and every launch has enable_fp_fusion=False: products and sums
-are rounded one by one, so that all backends give equal bits.
+are rounded one by one, so that all backends give equal bits (but for exact products, and within a rounded root).
 """
 
 from __future__ import annotations

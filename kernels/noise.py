@@ -12,8 +12,10 @@ from vdu_fast.rng import Stream
 WEIGHTS = tl.constexpr(int(Stream.WEIGHTS))
 IMAGE_NOISE = tl.constexpr(int(Stream.IMAGE_NOISE))
 # Whether radius_of may do what NVIDIA's own correctly rounded root does with numbers that are neither tiny nor huge.
-# The branch for those, which no radius takes, keeps a thread from working on two of them at a time.
-NVIDIA_ROOT = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
+# The branch for those, which no radius takes, keeps a thread from working on two of them at a time. A torch for the CPU
+# alone runs no kernel, but compiles them ahead for NVIDIA's GPUs.
+OTHER_GPUS = torch.version.hip is not None or getattr(torch.version, "xpu", None) is not None
+NVIDIA_ROOT = tl.constexpr(not OTHER_GPUS and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -36,12 +38,12 @@ def words_of(seed, step, stream, group):
 
 
 @triton.jit
-def radius_of(word):
+def radius_of(word, NVIDIA: tl.constexpr):
     """sqrt(-2 log u), u = ((word >> 9) + 0.5) / 2^23."""
     # 1 + (word >> 9) / 2^23, less 1 - 2^-24.
     u = ((word >> 9) | ONE_BITS).to(tl.float32, bitcast=True) - 0.99999994
     x = scaled_log(u, -2.0)
-    if NVIDIA_ROOT:
+    if NVIDIA:
         inverse = tl.rsqrt(x)
         root = x * inverse
         return tl.fma(tl.fma(-root, root, x), inverse * 0.5, root)
@@ -50,12 +52,12 @@ def radius_of(word):
 
 
 @triton.jit
-def normals(seed, step, stream, group):
+def normals(seed, step, stream, group, NVIDIA: tl.constexpr = NVIDIA_ROOT):
     """The normals of every group in order: [..., G] groups give [..., 4 G] normals."""
     r0, r1, r2, r3 = words_of(seed, step, stream, group)
-    radius_a = radius_of(r0)
+    radius_a = radius_of(r0, NVIDIA)
     cosine_a, sine_a = cosine_sine(r1)
-    radius_b = radius_of(r2)
+    radius_b = radius_of(r2, NVIDIA)
     cosine_b, sine_b = cosine_sine(r3)
     even = tl.interleave(radius_a * cosine_a, radius_b * cosine_b)
     odd = tl.interleave(radius_a * sine_a, radius_b * sine_b)
@@ -68,4 +70,4 @@ def normals_at(seed, step, stream, index):
     r0, r1, r2, r3 = words_of(seed, step, stream, index >> 2)
     late = (index & 2) != 0
     cosine, sine = cosine_sine(tl.where(late, r3, r1))
-    return radius_of(tl.where(late, r2, r0)) * tl.where((index & 1) != 0, sine, cosine)
+    return radius_of(tl.where(late, r2, r0), NVIDIA_ROOT) * tl.where((index & 1) != 0, sine, cosine)

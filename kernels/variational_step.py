@@ -142,12 +142,13 @@ def variational_step_kernel(
     RULE: tl.constexpr, NOISY: tl.constexpr, SKIP: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = place(SKIP, BLOCK)
+    # A step waits for memory, and has no registers to spare for two roots at a time.
     now = None
     if log_std is not None and noise_grad is None:
-        now = normals(seed, draw, WEIGHTS, groups(group, BLOCK))
+        now = normals(seed, draw, WEIGHTS, groups(group, BLOCK), False)
     after = None
     if NOISY:
-        after = normals(seed, next_draw, WEIGHTS, groups(group, BLOCK))
+        after = normals(seed, next_draw, WEIGHTS, groups(group, BLOCK), False)
     if SPLIT:
         if is_whole(numel, BLOCK):
             kl, squared = _step(

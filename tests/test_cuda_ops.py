@@ -106,6 +106,17 @@ def test_normals_of_a_seed_in_device_memory():
     assert same(ours, theirs)
 
 
+@needs_a_device
+def test_noise_of_many_chunks_is_that_of_its_parts():
+    n, length = 2**27 + 5, 40_000  # a block takes four chunks
+    ours = torch.empty(n, dtype=torch.bfloat16, device=DEVICE)
+    OPS.standard_normal_(ours, SEED, STEP, stream=3, offset=0)
+    for start in (0, 3 * 4096 - 7, n - length):
+        theirs = torch.empty(length, dtype=torch.bfloat16)
+        reference.standard_normal_(theirs, SEED, STEP, stream=3, offset=start)
+        assert same(ours[start : start + length], theirs)
+
+
 @pytest.mark.parametrize("shift", range(4))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 5])
@@ -146,7 +157,13 @@ def test_a_list_has_the_bits_of_the_flat_weights(pieces, out_dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (1, 1), (5, 3, 7), (4, 3, 32, 32), (2, 1, 81, 83)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 4), (3, 0), (1, 1), (5, 3, 7), (4, 3, 32, 32), (2, 1, 81, 83), (3, 5124),
+        pytest.param((70_000, 2), marks=needs_a_device),  # more samples than rows of blocks
+    ],
+)  # fmt: skip
 def test_noising_and_its_error(shape, dtype):
     n = torch.Size(shape).numel()
     x0, prediction = values(n, dtype).reshape(shape), values(n, dtype, salt=1).reshape(shape)
@@ -333,7 +350,7 @@ def test_sums_have_the_same_bits_from_run_to_run():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_and_elements_do_not_depend_on_where_the_operands_lie(dtype):
-    """Aligned, items go through a kernel several at a time; one element further, each by itself."""
+    """Aligned, whole items go through a kernel with nothing asked; one element further, each is looked at."""
     flat = [to_device(values(2 * 4096 + 100, dtype, salt=k, positive=k == 4)) for k in range(5)]
     images = [to_device(values(3 * 5128, dtype, salt=k)).reshape(3, 5128) for k in range(2)]
     signal, noise = (to_device(values(3, salt=k)) for k in (7, 8))

@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @needs_glibc
 def test_a_loop_over_the_same_tensors_asks_for_hardly_a_page():
-    environment = {name: value for name, value in os.environ.items() if name not in freed_memory._USERS}
+    environment = {name: value for name, value in os.environ.items() if name not in freed_memory._SET_BY_USER}
     run = subprocess.run([sys.executable, "-c", ALLOCATE], env=environment, capture_output=True, text=True, check=True)
     # Without it they were 5% to 200% of the pages that are written.
     assert int(run.stdout) < 0.03 * STEPS * TENSORS * PAGES
@@ -42,7 +42,7 @@ def test_what_the_environment_says_of_malloc_stands(monkeypatch):
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    for name in freed_memory._USERS:
+    for name in freed_memory._SET_BY_USER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: object())
     assert not freed_memory.keep_freed_memory()

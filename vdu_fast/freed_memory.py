@@ -11,18 +11,19 @@ import os
 import sys
 
 KEPT_BYTES = 512 * 2**20  # at the end of the heap
-LARGE_BYTES = 64 * 2**20  # blocks from here on go back as ever
+LARGE_BYTES = 32 * 2**20  # blocks from here on go back as ever; glibc before 2.35 refuses more
 _LARGE, _KEPT = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+_SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep up to 512 MiB of freed blocks below 64 MiB; returns whether it does.
+    """Have malloc take blocks below 32 MiB from the heap and keep 512 MiB free at its end; returns whether it does.
 
-    It is a setting of the whole process, so commands and their worker processes call this, and `import vdu_fast` never
-    does. Nothing is changed where the C library is not glibc, or where the environment says what malloc shall do.
+    Other processes cannot use what is kept. It is a setting of the whole process, so commands and their worker
+    processes call this, and `import vdu_fast` never does. Nothing is changed where the C library is not glibc, or where
+    the environment says what malloc shall do.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _USERS):
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _SET_BY_USER):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_LARGE, LARGE_BYTES)) and bool(mallopt(_KEPT, KEPT_BYTES))

@@ -1,7 +1,8 @@
 // What lets one source serve the host at several instruction sets and the GPU.
 //
-// Every addition and multiplication in these headers is rounded on its own, so that all of them give the same bits:
-// compile with -ffp-contract=off (host) and -fmad=false (nvcc), and never with fast-math.
+// Every addition and multiplication in these headers is rounded on its own, but for exact products and the steps of a
+// correctly rounded root, so that all of them give the same bits: compile with -ffp-contract=off (host) and -fmad=false
+// (nvcc), and never with fast-math.
 #pragma once
 
 #include <cstdint>

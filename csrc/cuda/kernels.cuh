@@ -1,9 +1,9 @@
 // The two kernels that every op runs in: over the elements of lists, and over a batch sample by sample.
 //
 // An op is a struct that travels as a kernel parameter. kSums says how many sums it has; prepare() reads what may lie
-// in device memory (seeds, constants), once per thread; and item<kItem>() handles one item. An op that is bound by its
-// arithmetic has kTogether as well, how many items it may be given at a time, and first_normal(), the index of the
-// normal of element 0.
+// in device memory (seeds, constants), once per thread; and item<kItem>() handles one item. An op that does little but
+// draw noise has kTogether as well, how many items of float32 it is given at a time (one less of anything narrower, and
+// in float64 one by one), and first_normal(), the index of the normal of element 0.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ template <typename Op, typename ItemsOf>
 constexpr int items_together() {
   if constexpr (requires { Op::kTogether; }) {
     if constexpr (sizeof(typename ItemsOf::Type) == 8) return 0;
-    // Conversions take registers, which an op that is given one at a time has none to spare of.
+    // Narrower operands need registers for their conversion.
     return ItemsOf::plain ? Op::kTogether : Op::kTogether - 1;
   }
   return 0;

@@ -80,7 +80,7 @@ struct NoisePredictionErrorBackward {
 
   __device__ Coefficients<T> coefficients(int64_t sample) const {
     Coefficients<T> k = target.coefficients<T>(sample);
-    k.scale = T(2) * grad.get<T>(sample);
+    k.scale = static_cast<T>(2 * grad.get<double>(sample));
     return k;
   }
 

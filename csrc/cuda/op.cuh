@@ -169,7 +169,8 @@ Table<kOperands, kTensors> table_of(const Lists<kOperands, kTensors>& lists, con
 template <typename Op>
 Spans spans_of(int64_t begin, int64_t end, int64_t all, int item) {
   const int64_t unit = Op::kSums > 0 ? kChunk : item, first = begin / unit * unit;
-  const int64_t chunks = Op::kSums > 0 ? 1 : std::clamp<int64_t>(chunks_of(all) / kManyChunks, 1, 4);
+  // From four chunks on, what a block has to find out first is below a hundredth of its work.
+  const int64_t chunks = Op::kSums > 0 ? 1 : std::clamp<int64_t>(chunks_of(all) / kEnoughBlocks, 1, 4);
   const int64_t size = kChunk * std::min(chunks, std::max<int64_t>(chunks_of(end - first), 1));
   return {first, size, (end - first + size - 1) / size};
 }

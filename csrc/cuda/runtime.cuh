@@ -30,8 +30,9 @@ __device__ __forceinline__ uint32_t same_in_warp(uint32_t value) { return __shfl
 
 // More blocks than this, in either direction, walk in strides.
 constexpr int64_t kMostBlocks = 65535;
-// From so many chunks on a block may take several: sixteen for every one that a large GPU runs at a time.
-constexpr int64_t kManyChunks = 8192;
+// A block takes several chunks where at least so many blocks are left: sixteen for every one that a large GPU runs at a
+// time, so that the last ones to finish leave little of it idle.
+constexpr int64_t kEnoughBlocks = 8192;
 
 struct Grid {
   int64_t x, y = 1;

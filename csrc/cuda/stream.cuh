@@ -30,6 +30,7 @@ constexpr int kTensorsAtOnce = (3400 / (8 * (kOperands + 1))) < 64 ? 3400 / (8 *
 // The tensors of one launch. An absent optional operand has null pointers.
 template <int kOperands, int kTensors>
 struct Table {
+  static_assert(kTensors <= 64, "`aligned` has a bit for each");
   char* data[kOperands][kTensors];
   int64_t starts[kTensors + 1];  // in the numbering of the whole list
   int64_t begin, end;            // the elements of this launch

@@ -290,10 +290,13 @@ void add_noise_gradient_(Tensors sum, Tensors grad, Tensor seed, Tensor draw, do
   const auto guard = on_device_of(sum[0]);
   const Noise noise = noise_of(seed, draw, kWeightsStream, offset, sum[0]);
   const Lists<2> lists(sum[0], is_wide(sum), {state(sum, "sum"), Operand{grad, "grad"}});
-  with_compute_type(lists.wide, [&](auto zero) {
-    using T = decltype(zero);
-    over_lists<Items<T, 4>>(lists, AddNoiseGradient<T>{noise, static_cast<T>(scale)});
-  });
+  if (lists.wide) {
+    over_lists<Items<double, 4>>(lists, AddNoiseGradient<double>{noise, scale});
+  } else if (lists.plain) {
+    over_lists<Items<float, 4, true>>(lists, AddNoiseGradient<float>{noise, static_cast<float>(scale)});
+  } else {
+    over_lists<Items<float, 4>>(lists, AddNoiseGradient<float>{noise, static_cast<float>(scale)});
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vdu_fast, CUDA, m) {

@@ -114,8 +114,8 @@ inline bool is_readable(const Tensor&) {
 
 // Few, so that blocks walk in strides.
 constexpr int64_t kMostBlocks = 3;
-// So that blocks take several chunks at a time.
-constexpr int64_t kManyChunks = 1;
+// So that blocks take several chunks.
+constexpr int64_t kEnoughBlocks = 1;
 
 struct Grid {
   int64_t x, y = 1;

@@ -35,7 +35,7 @@ class _ToDisplay(logging.Handler):
 
 @contextlib.contextmanager
 def running(common: CommonOptions) -> Iterator[ProgressDisplay]:
-    """Set threads and malloc, and show progress and warnings while the block runs."""
+    """Set threads and malloc for good, and show progress and warnings while the block runs."""
     keep_freed_memory()
     if common.threads is not None:
         torch.set_num_threads(common.threads)
