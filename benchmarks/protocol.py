@@ -111,7 +111,7 @@ PROTOCOLS = {
     ),
     # The classes are every second one. The settings of ours were chosen of 26 tried on these classes, with one seed and
     # on other starting noise (fashion_settings.py), those named here of other methods of eight on sneakers
-    # (fashion_methods.py). What did best there of SalUn is its default; the rest have theirs, which come from the digits.
+    # (fashion_methods.py). What did best there of SalUn is its default; the rest have what was found on the digits.
     "fashion_mnist": Protocol(
         classes=(1, 3, 5, 7, 9),
         shared_classes=(1, 5, 9),
